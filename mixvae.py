@@ -229,12 +229,12 @@ def train_model(model, train_data, criterion, optimizer, epochs, val_data, devic
 
 @torch.no_grad()
 def finish(model, val_set):
-    """Calibrate `model.variance` and put the sources in order, digit first: both once, on the validation pairs.
+    """Calibrate `model.variance` and put the sources in order, digit first: both once, on 1,000 validation pairs.
 
     Blind training leaves to chance which decoder takes the digits. Where the other order has the smaller error, the
     decoders and the latents are swapped.
     """
-    mixed, sources = val_set[:]
+    mixed, sources = val_set[:1000]
     reconstruction, source1, source2, *_ = model.eval()(mixed)
     model.variance.copy_(F.mse_loss(reconstruction, sources.mean(dim=1)))
     decoded = torch.stack([source1, source2], dim=1)  # (N, 2, 784)
@@ -283,7 +283,7 @@ def separate(model, mixed, noise=0.0):
 def print_psnr(model, test_set):
     """Print the PSNR, 10 log10(1 / MSE), of the sources and the mixture as decoded and of the sources as separated."""
     errors = {"decoded": [], "separated": []}  # mean squared errors: digit, garment, mixture
-    for mixed, sources in make_loader(test_set, 1000):
+    for mixed, sources in make_loader(test_set, 250):
         with torch.no_grad():
             reconstruction, *decoded = model.eval()(mixed)[:3]
         truth = torch.stack([*sources.unbind(dim=1), sources.mean(dim=1)], dim=1)  # (B, 3, 784)
@@ -298,13 +298,13 @@ def print_psnr(model, test_set):
 
 def draw_grid(images, titles, captions=()):
     """A figure of images (rows, columns, 784) on one grey scale, 0 to 1, with a title a column and a caption a row."""
-    figure = Figure(figsize=(1.4 * images.shape[1] + bool(captions), 1.4 * len(images) + 0.4), layout="constrained")
+    figure = Figure(figsize=(1.5 * images.shape[1] + bool(captions), 1.5 * len(images) + 0.4), layout="constrained")
     axes = figure.subplots(*images.shape[:2], squeeze=False)
     for ax, image in zip(axes.flat, images.reshape(-1, 28, 28).cpu().numpy()):
         ax.imshow(image, cmap="gray", vmin=0, vmax=1)
-        ax.set(xticks=[], yticks=[])
+        ax.set(xticks=[], yticks=[], frame_on=False)
     for ax, title in zip(axes[0], titles):
-        ax.set_title(title, fontsize=10)
+        ax.set_title(title, fontsize=9)
     for ax, caption in zip(axes[:, 0], captions):
         ax.set_ylabel(caption, rotation=0, ha="right", va="center")
     return figure
@@ -366,7 +366,7 @@ def run(args):
     tempfile.TemporaryFile(dir=args.out).close()  # a folder that cannot be written fails now, not after training
     torch.manual_seed(args.seed)
     train_set, val_set, test_set = (MixMNIST(args.data, s, args.noise, args.device) for s in ("train", "val", "test"))
-    train_data, val_data = make_loader(train_set, args.batch_size, shuffle=True), make_loader(val_set, 1000)
+    train_data, val_data = make_loader(train_set, args.batch_size, shuffle=True), make_loader(val_set, 500)
 
     def train(model, epochs):
         optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.95), fused=True)
