@@ -33,7 +33,7 @@ def load(dataset, root, train):
         except Exception as error:  # of many kinds: no network, a wrong or a truncated file, no space, ...
             archives = [raw / name for name, md5 in dataset.resources if check_integrity(raw / name, md5)]
             if retry or not archives:
-                names, cause = ", ".join(name for name, _ in dataset.resources), " ".join(repr(error).split())
+                names, cause = ", ".join(name for name, _ in dataset.resources), " ".join(f"{type(error).__name__}: {error}".split())
                 raise OSError(f"cannot read or download {dataset.__name__}: {cause}\nDelete {raw} if it is damaged, "
                               f"put {names} there, or make a stand-in: python test_mixvae.py DIR") from error
             for archive in archives:  # an extraction that was cut short: torchvision would not repeat it
@@ -54,7 +54,7 @@ class MixMNIST(Dataset):
 
     def __init__(self, root="data", split="train", noise=0.0, device="cpu"):
         both = [load(dataset, root, train=split != "test") for dataset in (MNIST, FashionMNIST)]
-        n_val = max(1, len(both[0]) // 12)
+        n_val = max(1, len(both[0]) // 12)  # 5,000 of 60,000
         part = {"train": slice(-n_val), "val": slice(-n_val, None), "test": slice(None)}[split]
         self.images = torch.stack([one.data[part].flatten(1) for one in both], dim=1).to(device)
         self.labels = torch.stack([one.targets[part] for one in both], dim=1)
@@ -90,7 +90,7 @@ class Batches(Sampler):
 
 def make_loader(data, batch_size, shuffle=False):
     """A DataLoader that takes whole batches from `data`; no image is handled on its own."""
-    # Each pass draws a seed that nobody needs: from its own generator, so that validation leaves training's alone.
+    # A DataLoader draws a seed at each pass: from a generator of its own, so that validation leaves training's alone.
     return DataLoader(data, batch_size=None, sampler=Batches(data, batch_size, shuffle), generator=torch.Generator())
 
 
@@ -120,7 +120,7 @@ class Decoder(nn.Sequential):
 class VAE(nn.Module):
     """One encoder, two latents, two decoders. In a finished model source 1 is the digit and source 2 the garment.
 
-    The buffer `variance` is the Gaussian decoder's, for a pixel of the mixture; `finish` calibrates it.
+    The buffer `variance`, for `separate`, is the Gaussian decoder's at a pixel of the mixture; `finish` calibrates it.
     """
 
     def __init__(self):
@@ -137,7 +137,7 @@ class VAE(nn.Module):
         """Mixtures (B, 784) to (reconstruction, source1, source2, mean1, logvar1, mean2, logvar2)."""
         mean1, logvar1, mean2, logvar2 = self.encoder(mixed)
         z1, z2 = mean1, mean2
-        if self.training:  # the reparameterisation trick: z = mean + std * eps
+        if self.training:  # the reparameterisation trick, z = mean + std * eps; evaluation decodes the means
             z1 = mean1 + (logvar1 / 2).exp() * torch.randn_like(mean1)
             z2 = mean2 + (logvar2 / 2).exp() * torch.randn_like(mean2)
         return *self.decode(z1, z2), mean1, logvar1, mean2, logvar2
@@ -204,8 +204,9 @@ def train_model(model, train_data, criterion, optimizer, epochs, val_data, devic
             for mixed, sources in train_data:
                 if len(mixed) > 1:  # batch norm cannot train on one image
                     loss, _, kl = criterion(model(mixed.to(device)), sources.to(device))
+                    kl_weight = min(1, (schedule.last_epoch + 1) / rising)  # last_epoch: PyTorch's count of the steps
                     optimizer.zero_grad()
-                    (loss - max(0, 1 - schedule.last_epoch / rising) * kl).backward()
+                    (loss - (1 - kl_weight) * kl).backward()
                     optimizer.step()
                     schedule.step()
                     loss_sum += len(mixed) * loss.detach()  # read once an epoch: until then a GPU waits for nothing
@@ -249,10 +250,10 @@ def separate(model, mixed, noise=0.0):
     """Estimate the sources of mixtures: (B, 784) to (B, 2, 784) in [0, 1], digit first, the same answer every time.
 
     Unlike the decoders, it looks at the mixture again. First, 20 steps of Adam refine the two means (semi-amortised
-    inference, Kim et al. 2018): they minimise |mixed - reconstruction|^2 / (2 variance) + |z|^2 / 2. Then the residual
-    2 mixed - source1 - source2 is distributed over the two sources, pixel by pixel, in proportion to their uncertainty
-    (mixture consistency, after Wisdom et al. 2019), except for the share of the noise in `mixed`, of standard
-    deviation `noise`.
+    inference, Kim et al. 2018): they minimise |mixed - reconstruction|^2 / (2 variance + 2 noise^2) + |z|^2 / 2. Then
+    the residual 2 mixed - source1 - source2 is distributed over the two sources, pixel by pixel, in proportion to their
+    uncertainty (mixture consistency, after Wisdom et al. 2019), less the share that is due to the noise in `mixed`,
+    whose standard deviation is `noise`.
     """
     was_training = model.training
     model.eval()
@@ -281,7 +282,7 @@ def separate(model, mixed, noise=0.0):
 
 
 def print_psnr(model, test_set):
-    """Print the PSNR, 10 log10(1 / MSE), of the sources and the mixture as decoded and of the sources as separated."""
+    """Print the PSNR, 10 log10(1 / MSE), of sources and mixture as decoded, and of the sources after `separate`."""
     errors = {"decoded": [], "separated": []}  # mean squared errors: digit, garment, mixture
     for mixed, sources in make_loader(test_set, 250):
         with torch.no_grad():
@@ -289,7 +290,7 @@ def print_psnr(model, test_set):
         truth = torch.stack([*sources.unbind(dim=1), sources.mean(dim=1)], dim=1)  # (B, 3, 784)
         errors["decoded"].append((torch.stack([*decoded, reconstruction], dim=1) - truth).square().mean(dim=2))
         errors["separated"].append((separate(model, mixed, test_set.noise) - sources).square().mean(dim=2))
-    print(f"\nPSNR (dB), {len(test_set):,} test pairs: of the pooled error (mean over the images)")
+    print(f"\n{len(test_set):,} test pairs: PSNR in dB of the pooled error (in brackets, the mean of the images' PSNRs)")
     print("                    digit         garment         mixture")
     for name, mse in errors.items():
         pooled, each = (-10 * torch.log10(e) for e in (torch.cat(mse).mean(dim=0), torch.cat(mse)))
@@ -357,7 +358,7 @@ def usable_device(name):
         torch.zeros(1, device=device).item()
         return device
     except Exception:  # its kind depends on the device and on how torch was built
-        raise argparse.ArgumentTypeError(f"{name!r} cannot be used here; auto, cpu or {auto.type} can") from None
+        raise argparse.ArgumentTypeError(f"{name!r} cannot be used here; auto{f', {auto.type}' * (auto.type != 'cpu')} and cpu can") from None
 
 
 def run(args):
@@ -383,13 +384,14 @@ def run(args):
     status = 1 if len(train_losses) > len(val_losses) else 130 if len(val_losses) < args.epochs else 0
     finish(model, val_set)
     print_psnr(model, test_set)
-    state = io.BytesIO()
-    torch.save(model.state_dict(), state)
-    with tempfile.TemporaryDirectory(dir=args.out, prefix=".mixvae-") as folder:  # a run leaves all its files, or none
+    figures, state = draw_figures(model, train_set, test_set, train_losses, val_losses), io.BytesIO()
+    torch.save(model.cpu().state_dict(), state)  # in memory: on a full disk, torch.save's own error is no OSError
+    with tempfile.TemporaryDirectory(dir=args.out, prefix=".mixvae-") as folder:  # an earlier run's files go last
         Path(folder, "mixvae.pt").write_bytes(state.getvalue())
-        for name, figure in draw_figures(model, train_set, test_set, train_losses, val_losses).items():
+        for name, figure in figures.items():
             figure.savefig(Path(folder, name))
-        print("\nwritten:", *sorted(path.replace(args.out / path.name) for path in Path(folder).iterdir()))
+        written = sorted(path.replace(args.out / path.name) for path in Path(folder).iterdir())
+    print("\nwritten:", *written)
     return status
 
 
@@ -397,19 +399,17 @@ def main(argv=None):
     """The command line. Returns the exit status: 0, 1 after a fault, 130 after Ctrl-C; wrong flags exit with 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag, kind, default, text in (
-            ("epochs", number(int, 1, 10 ** 6), 20, "passes over the training pairs"),
+            ("epochs", number(int, 1, 10 ** 6), 20, "passes over the training pairs, after the three starts"),
             ("device", usable_device, "auto", "cpu, cuda, mps, ...; auto: the accelerator if there is one, else cpu"),
             ("noise", number(float, 0, 1), 0.0, "standard deviation of the noise added to the mixtures"),
             ("batch-size", number(int, 2, 60000), 256, "mixtures per training step"),
             ("lr", number(float, 1e-9, 1e30), 8e-3, "highest learning rate"),
-            ("seed", number(int, 0, 2 ** 63 - 1), 0, "seed of all random numbers"),
+            ("seed", number(int, 0, 2 ** 63 - 1), 0, "seed of the weights, the batches and the noise in training"),
             ("data", Path, Path("data"), "data folder; what is missing there is downloaded"),
             ("out", Path, Path("results"), "folder for the model and the figures")):
         parser.add_argument(f"--{flag}", type=kind, default=default, help=f"{text} (default: %(default)s)")
     parser.add_argument("--supervised", action="store_true", help="let the loss see the sources too (default: blind)")
     args = parser.parse_args(argv)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a console need not have the letters of a path
     socket.setdefaulttimeout(10)  # for a download that stalls
     torch.set_float32_matmul_precision("medium")  # bf16 products with fp32 sums, or TF32, where the hardware has them
     try:
@@ -423,4 +423,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a console need not have the letters of a path
     sys.exit(main())
