@@ -33,9 +33,10 @@ def load(dataset, root, train):
         except Exception as error:  # of many kinds: no network, a wrong or a truncated file, no space, ...
             archives = [raw / name for name, md5 in dataset.resources if check_integrity(raw / name, md5)]
             if retry or not archives:
-                names, cause = ", ".join(name for name, _ in dataset.resources), " ".join(f"{type(error).__name__}: {error}".split())
-                raise OSError(f"cannot read or download {dataset.__name__}: {cause}\nDelete {raw} if it is damaged, "
-                              f"put {names} there, or make a stand-in: python test_mixvae.py DIR") from error
+                cause = " ".join(f"{type(error).__name__}: {error}".split())
+                names = ", ".join(name for name, _ in dataset.resources)
+                raise OSError(f"cannot read or download {dataset.__name__}: {cause}\nDelete {raw} if it is damaged; "
+                              f"put {names} there, or make a stand-in for --data: python test_mixvae.py DIR") from error
             for archive in archives:  # an extraction that was cut short: torchvision would not repeat it
                 extract_archive(str(archive), str(raw))
 
@@ -223,7 +224,7 @@ def train_model(model, train_data, criterion, optimizer, epochs, val_data, devic
     except (KeyboardInterrupt, FloatingPointError) as stop:
         if best_state is None:
             raise
-        print(f"mixvae: {str(stop) or f'interrupted in epoch {epoch}'}; the best epoch before it is kept", file=sys.stderr)
+        print(f"mixvae: {str(stop) or f'interrupted in epoch {epoch}'}; the best epoch before is kept", file=sys.stderr)
     model.load_state_dict(best_state)
     return train_losses, val_losses
 
@@ -232,8 +233,7 @@ def train_model(model, train_data, criterion, optimizer, epochs, val_data, devic
 def finish(model, val_set):
     """Calibrate `model.variance` and put the sources in order, digit first: both once, on 1,000 validation pairs.
 
-    Blind training leaves to chance which decoder takes the digits. Where the other order has the smaller error, the
-    decoders and the latents are swapped.
+    Blind training leaves to chance which decoder takes the digits: the order with the smaller error is kept.
     """
     mixed, sources = val_set[:1000]
     reconstruction, source1, source2, *_ = model.eval()(mixed)
@@ -290,7 +290,7 @@ def print_psnr(model, test_set):
         truth = torch.stack([*sources.unbind(dim=1), sources.mean(dim=1)], dim=1)  # (B, 3, 784)
         errors["decoded"].append((torch.stack([*decoded, reconstruction], dim=1) - truth).square().mean(dim=2))
         errors["separated"].append((separate(model, mixed, test_set.noise) - sources).square().mean(dim=2))
-    print(f"\n{len(test_set):,} test pairs: PSNR in dB of the pooled error (in brackets, the mean of the images' PSNRs)")
+    print(f"\n{len(test_set):,} test pairs, PSNR in dB of the pooled error (in brackets: mean of the images' PSNRs)")
     print("                    digit         garment         mixture")
     for name, mse in errors.items():
         pooled, each = (-10 * torch.log10(e) for e in (torch.cat(mse).mean(dim=0), torch.cat(mse)))
@@ -358,7 +358,8 @@ def usable_device(name):
         torch.zeros(1, device=device).item()
         return device
     except Exception:  # its kind depends on the device and on how torch was built
-        raise argparse.ArgumentTypeError(f"{name!r} cannot be used here; auto{f', {auto.type}' * (auto.type != 'cpu')} and cpu can") from None
+        usable = ", ".join(sorted({"auto", "cpu", auto.type}))
+        raise argparse.ArgumentTypeError(f"{name!r} cannot be used here; what can: {usable}") from None
 
 
 def run(args):
@@ -415,11 +416,11 @@ def main(argv=None):
     try:
         return run(args)
     except (OSError, FloatingPointError) as error:
-        print(f"mixvae: {error}", file=sys.stderr)
-        return 1
+        status, message = 1, error
     except KeyboardInterrupt:
-        print(f"mixvae: interrupted: nothing is saved in {args.out}", file=sys.stderr)
-        return 130
+        status, message = 130, "interrupted"
+    print(f"mixvae: {message} (nothing is saved in {args.out})", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":
