@@ -249,18 +249,18 @@ def finish(model, val_set):
 def separate(model, mixed, noise=0.0):
     """Estimate the sources of mixtures: (B, 784) to (B, 2, 784) in [0, 1], digit first, the same answer every time.
 
-    Unlike the decoders, it looks at the mixture again. First, 20 steps of Adam refine the two means (semi-amortised
-    inference, Kim et al. 2018): they minimise |mixed - reconstruction|^2 / (2 variance + 2 noise^2) + |z|^2 / 2. Then
-    the residual 2 mixed - source1 - source2 is distributed over the two sources, pixel by pixel, in proportion to their
-    uncertainty (mixture consistency, after Wisdom et al. 2019), less the share that is due to the noise in `mixed`,
-    whose standard deviation is `noise`.
+    Unlike the decoders, it looks at the mixture again. First, up to 20 steps of Adam refine the two means: they
+    minimise |mixed - reconstruction|^2 / (2 variance + 2 noise^2) + |z|^2 / 2 (semi-amortised inference, Kim et al.
+    2018). Then the residual 2 mixed - source1 - source2 is distributed over the two sources, pixel by pixel, in
+    proportion to their uncertainty (mixture consistency, after Wisdom et al. 2019), less the share that is due to the
+    noise in `mixed`, whose standard deviation is `noise`.
     """
     was_training = model.training
     model.eval()
     mean1, logvar1, mean2, logvar2 = model.encoder(mixed)
     z, std = torch.stack([mean1, mean2]), (torch.stack([logvar1, logvar2]) / 2).exp()  # (2, B, latent)
     adam = torch.optim.Adam([z.requires_grad_()], lr=0.06)
-    for _ in range(20):
+    for _ in range(round(20 * max(0, 1 - 5 * noise))):  # early stopping: more steps would fit the noise
         with torch.enable_grad():
             error = (mixed - model.decode(*z)[0]).square().sum() / (model.variance + noise ** 2)
             z.grad, = torch.autograd.grad((error + z.square().sum()) / 2, z)
