@@ -67,8 +67,8 @@ class MixMNIST(Dataset):
         return len(self.images)
 
     def __getitem__(self, index):
-        sources = self.images[index].float() / 255  # (..., 2, 784)
-        mixed = sources.mean(dim=-2)  # digit / 2 + garment / 2
+        sources = self.images[index] / 255  # (..., 2, 784), float32
+        mixed = (sources[..., 0, :] + sources[..., 1, :]) / 2
         if self.noise:
             noise = torch.randn_like(mixed) if self.fixed_noise is None else self.fixed_noise[index]
             mixed = (mixed + self.noise * noise).clamp(0, 1)
@@ -98,7 +98,7 @@ def make_loader(data, batch_size, shuffle=False):
 def hidden_layers(widths):
     """Linear, batch norm (which brings the bias) and ReLU, from each width to the next."""
     return [layer for n_in, n_out in zip(widths, widths[1:])
-            for layer in (nn.Linear(n_in, n_out, bias=False), nn.BatchNorm1d(n_out), nn.ReLU())]
+            for layer in (nn.Linear(n_in, n_out, bias=False), nn.BatchNorm1d(n_out), nn.ReLU(inplace=True))]
 
 
 class Encoder(nn.Sequential):
@@ -160,7 +160,7 @@ class VAELoss(nn.Module):
         reconstruction, source1, source2, mean1, logvar1, mean2, logvar2 = outputs
         # -log N(mixture | reconstruction, MSE I) = D/2 log(MSE) + constant, D = 784: a Gaussian decoder that always has
         # its best variance needs no weight against the KL (sigma-VAE, Rybkin et al. 2021, arxiv.org/abs/2006.13202).
-        pairs = [(reconstruction, sources.mean(dim=1))]
+        pairs = [(reconstruction, (sources[:, 0] + sources[:, 1]) / 2)]
         if self.supervised:
             pairs += [(source1, sources[:, 0]), (source2, sources[:, 1])]
         nll = sum(image.shape[1] / 2 * F.mse_loss(image, target).log() for image, target in pairs)
