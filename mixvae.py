@@ -320,7 +320,7 @@ def draw_figures(model, train_set, test_set, train_losses, val_losses):
         ax.plot(range(1, len(losses) + 1), losses, ".-", label=label)
     ax.plot(val_losses.index(best) + 1, best, "ko", markersize=12, fillstyle="none", label="best epoch")
     ax.set(xlabel="epoch", ylabel="loss (nats per image, up to a constant)")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     ax.legend()
 
     mixed, sources = test_set[:8]
@@ -380,7 +380,7 @@ def run(args):
     starts = [VAE().to(args.device) for _ in range(3)]
     start_losses = [train(model, epochs=1)[1][0] for model in starts]
     model = starts[start_losses.index(min(start_losses))]
-    print("the best of them:")
+    print("the best of them goes on, with the schedule from its beginning:")
     train_losses, val_losses = train(model, args.epochs)
     status = 1 if len(train_losses) > len(val_losses) else 130 if len(val_losses) < args.epochs else 0
     finish(model, val_set)
@@ -390,7 +390,7 @@ def run(args):
     with tempfile.TemporaryDirectory(dir=args.out, prefix=".mixvae-") as folder:  # an earlier run's files go last
         Path(folder, "mixvae.pt").write_bytes(state.getvalue())
         for name, figure in figures.items():
-            figure.savefig(Path(folder, name))
+            figure.savefig(Path(folder, name), bbox_inches="tight")
         written = sorted(path.replace(args.out / path.name) for path in Path(folder).iterdir())
     print("\nwritten:", *written)
     return status
