@@ -5,6 +5,8 @@ decoders give two images, and the loss is computed on the mixture alone (blind s
 decoder discovers the digits and the other the garments.
 
     python mixvae.py --epochs 20
+
+takes 70 s on two CPU cores. Blind, it gives digits and garments of the test set back at 26.2 dB PSNR (see README.md).
 """
 import argparse, io, math, os, socket, sys, tempfile, time
 from copy import deepcopy
