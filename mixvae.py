@@ -44,16 +44,16 @@ class MixMNIST(Dataset):
             digits = MNIST(root, train=split != "test", download=True)
             garments = FashionMNIST(root, train=split != "test", download=True)
         except Exception as error:  # of many kinds: no network, a damaged file, no space, ...
-            files = ", ".join(name for name, _ in MNIST.resources)
-            raise OSError(f"cannot read or download the data: {error!r}\nDelete {root}/MNIST/raw, "
-                          f"{root}/FashionMNIST/raw where damaged and put {files} of each there, "
-                          "or draw a stand-in: python test_mixvae.py DIR") from error
+            raise OSError(f"no usable data: {error!r}\nDelete {root}/MNIST/raw, {root}/FashionMNIST/"
+                          f"raw where damaged, put {', '.join(dict(MNIST.resources))} of each "
+                          "there, or draw a stand-in: python test_mixvae.py DIR") from error
         n_val = len(digits) // 12  # 5,000 of 60,000
         part = {"train": slice(-n_val), "val": slice(-n_val, None), "test": slice(None)}[split]
         images = torch.stack([digits.data[part], garments.data[part]], dim=1)  # (N, 2, 28, 28)
         self.images = images.flatten(2).to(device)  # (N, 2, 784), uint8
         self.noise = noise
-        self.fixed_noise = None if split == "train" else fixed_normal(len(self), PIXELS).to(device)
+        fixed = noise and split != "train"
+        self.fixed_noise = fixed_normal(len(self), PIXELS).to(device) if fixed else None
 
     def __len__(self):
         return len(self.images)
@@ -109,8 +109,7 @@ class VAE(nn.Module):
     def forward(self, mixed):
         """Mixtures (B, 784) to reconstruction, source1, source2, mean1, logvar1, mean2, logvar2."""
         mean, logvar = self.encoder(mixed).unbind(dim=2)  # (B, 2, 32) each
-        z = reparameterise(mean, logvar) if self.training else mean  # evaluation takes the mean
-        sources = self.decode(z)
+        sources = self.decode(reparameterise(mean, logvar) if self.training else mean)
         return mix(sources), *sources.unbind(1), mean[:, 0], logvar[:, 0], mean[:, 1], logvar[:, 1]
 
 
@@ -183,7 +182,6 @@ def train_model(model, train_data, criterion, optimizer, epochs, val_data, devic
         if best:  # 6. Checkpoint
             best_state = copy.deepcopy(model.state_dict())
         if stop and stop.is_set():
-            print("mixvae: interrupted; the best epoch so far is kept")
             break
     model.load_state_dict(best_state)
     return losses
@@ -215,8 +213,7 @@ def separate(model, mixed, noise=0.0):
     adam = torch.optim.Adam([z.requires_grad_()], lr=0.2, betas=(0.7, 0.9))
     for _ in range(10 if noise < 0.2 else 0):  # where there is more noise, they would fit it
         with torch.enable_grad():
-            nll = gaussian_nll(mix(model.decode(z)), mixed, dim=1)  # (B,)
-            loss = nll.sum() + z.square().sum() / 2
+            loss = gaussian_nll(mix(model.decode(z)), mixed, dim=1).sum() + z.square().sum() / 2
         z.grad = torch.autograd.grad(loss, z)[0]  # the decoders stay as they are
         adam.step()
     # A pixel's uncertainty: the geometric mean of its variance over eight draws from the posterior
@@ -236,13 +233,15 @@ def separate(model, mixed, noise=0.0):
 @torch.no_grad()
 def print_psnr(model, test_set):
     """Print both sources' PSNR, 10 log10(1 / MSE); "mixture" is the trivial answer, the input."""
-    mixed, sources = test_set[:]
-    decoded = torch.stack(model.eval()(mixed)[1:3], dim=1)  # (N, 2, 784)
-    separated = torch.cat([separate(model, part, test_set.noise) for part in mixed.split(250)])
+    errors = []
+    for mixed, sources in DataLoader(test_set, 100, collate_fn=tuple):
+        decoded = torch.stack(model.eval()(mixed)[1:3], dim=1)  # (B, 2, 784)
+        images = mixed[:, None].expand_as(decoded), decoded, separate(model, mixed, test_set.noise)
+        errors.append((torch.stack(images) - sources).square().mean(dim=3))  # (3, B, 2)
+    psnr = -10 * torch.cat(errors, dim=1).mean(dim=1).log10()  # (3, 2)
     print(f"\nPSNR in dB, {len(test_set):,} test pairs\n             digit  garment")
-    for name, image in ("mixture", mixed[:, None]), ("decoded", decoded), ("separated", separated):
-        psnr = -10 * (image - sources).square().mean(dim=(0, 2)).log10()
-        print(f"{name:9}  {psnr[0]:7.2f}  {psnr[1]:7.2f}")
+    for name, (digit, garment) in zip(["mixture", "decoded", "separated"], psnr):
+        print(f"{name:9}  {digit:7.2f}  {garment:7.2f}")
 
 
 # ---- figures -------------------------------------------------------------------------------------
