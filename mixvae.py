@@ -265,7 +265,7 @@ def prepare_images(model, train_set, test_set):
 
 def draw_columns(columns):
     """A figure of columns, title to images (rows, 784), all on one grey scale."""
-    axes = Figure(figsize=(1.5 * len(columns), 13), layout="constrained").subplots(1, len(columns))
+    axes = Figure(figsize=(1.5 * len(columns), 12), layout="constrained").subplots(1, len(columns))
     for ax, (title, images) in zip(axes, columns.items()):
         ax.imshow(images.reshape(-1, 28).cpu().numpy(), cmap="gray", vmin=0, vmax=1)
         ax.set_title(title, fontsize=9)

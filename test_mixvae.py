@@ -25,10 +25,10 @@ def drawn(glyphs, labels, generator):
     cells = torch.tensor([[list(map(int, f"{int(r, 16):04b}")) for r in glyph] for glyph in glyphs])
     if glyphs is GARMENTS:
         cells = torch.cat([cells, cells.flip(2)], dim=2)
-    shapes = 200 * cells.byte().repeat_interleave(3, dim=1).repeat_interleave(3, dim=2)
+    shapes = torch.kron(cells, torch.full((1, 3, 3), 250 if glyphs is DIGITS else 170)).byte()
     shapes = torch.nn.functional.pad(shapes, (1, 27 - shapes.shape[2], 2, 26 - shapes.shape[1]))
-    moves = torch.randint(4, (len(labels), 2), generator=generator).tolist()
-    return torch.stack([shapes[k].roll(move, (0, 1)) for k, move in zip(labels, moves)])
+    moves = torch.randint(9 if glyphs is DIGITS else 4, (len(labels), 2), generator=generator)
+    return torch.stack([shapes[k].roll(m, (0, 1)) for k, m in zip(labels, moves.tolist())])
 
 
 def write_stand_in(root, n_train=60_000, n_test=10_000):
@@ -82,7 +82,7 @@ def test_smoke_and_readme_lines(root, tmp_path, monkeypatch):
                           env=os.environ | {"PYTHONIOENCODING": "ascii"}) as run:
         first = run.stdout.readline()
         assert not (out / "mixvae.pt").exists()  # a live log
-        text, errors = run.communicate()
+        text, errors = run.stdout.read(), run.stderr.read()
     assert run.returncode == 0 and errors == "" and sorted(os.listdir(out)) == FILES
     assert re.match("mixvae: .* 1,650 training, 150 .* 200 test pairs, blind, noise 0", first)
     assert re.search(r"\n +1 .*  best\n +2 .*\nwritten: .*/mixvae.pt\n", text)
