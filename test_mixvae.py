@@ -78,8 +78,8 @@ def psnr(estimate, truth):
 def test_smoke_and_readme_lines(root, tmp_path, monkeypatch):
     out = tmp_path / "r\u00e9sultats"
     command = [sys.executable, SCRIPT, "--epochs", "2", "--data", root, "--out", out]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                          env=os.environ | {"PYTHONIOENCODING": "ascii"}) as run:
+    env, pipe = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": ""}, subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env) as run:
         first = run.stdout.readline()
         assert not (out / "mixvae.pt").exists()  # a live log
         text, errors = run.stdout.read(), run.stderr.read()
@@ -164,7 +164,6 @@ def test_training_is_blind(root):
     other = MixMNIST(root)
     swap = torch.rand(len(other), 1, 784) < 0.5  # other sources, pixel by pixel, same mixtures
     other.images = torch.where(swap, other.images.flip(1), other.images)
-    assert torch.equal(other[:][0], MixMNIST(root)[:][0])
     assert torch.equal(weights(train(root, 1)[0]), weights(train(root, 1, train_set=other)[0]))
 
 
@@ -206,16 +205,17 @@ def test_blind_training_separates(noise, root, model):
     decoded = torch.stack(model.eval()(mixed)[1:3], dim=1)
     stream, before = torch.get_rng_state(), weights(model.train())
     separated = separate(model, mixed, noise)
-    assert torch.equal(before, weights(model)) and torch.equal(stream, torch.get_rng_state())
-    assert model.training and 0 <= separated.min() <= separated.max() <= 1
+    assert model.training and torch.equal(before, weights(model))
+    assert torch.equal(stream, torch.get_rng_state()) and separated.equal(separated.clamp(0, 1))
     assert torch.allclose(separated[5:6], separate(model, mixed[5:6], noise), atol=1e-3)
     assert torch.allclose(separated.sum(dim=1), 2 * mixed, atol=1e-6) == (noise == 0)
     for k in (0, 1) if noise == 0 else ():
         assert psnr(decoded[:, k], sources[:, k]) > psnr(mixed, sources[:, k]) + 3
         assert psnr(separated[:, k], sources[:, k]) > psnr(decoded[:, k], sources[:, k]) + 1
     if noise:  # a part of the residual is the noise's
-        assert psnr(separated, sources) > psnr(decoded, sources)
         assert psnr(separated, sources) > psnr(separate(model, mixed), sources)
+    refined, kept = (psnr(separate(model, mixed, near), sources) for near in (0.199, 0.2))
+    assert refined > kept + 0.05 if noise < 0.2 else kept > refined + 0.05
 
 
 def test_table_and_pictures(root, model, capsys):
