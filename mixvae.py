@@ -155,7 +155,7 @@ def train_model(model, train_data, criterion, optimizer, epochs, val_data, devic
     model.to(device)  # 1. Initialisation
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, optimizer.defaults["lr"], total_steps=epochs * len(train_data), pct_start=0.6,
-        cycle_momentum=False)
+        anneal_strategy="linear", cycle_momentum=False)
     losses = []
     print("epoch  train loss    val loss  reconstruction     KL  seconds")
     for epoch in range(1, epochs + 1):  # 2. Loop
@@ -310,7 +310,7 @@ def main(argv=None):
     add("--noise", type=float, default=0.0, help="standard deviation of noise on the mixtures")
     add("--supervised", action="store_true", help="let the loss see the sources too")
     add("--batch-size", type=int, default=384, help="mixtures per training step")
-    add("--lr", type=float, default=0.018, help="highest learning rate")
+    add("--lr", type=float, default=0.024, help="highest learning rate")
     add("--seed", type=int, default=0, help="of all that is random in training")
     add("--data", type=Path, default="data", help="folder; what is missing is downloaded")
     add("--out", type=Path, default="results", help="folder for the model and the figures")
