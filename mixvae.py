@@ -3,8 +3,8 @@
 Each input is the average of one MNIST digit and one Fashion-MNIST garment. One encoder gives two
 Gaussian latents, two decoders give two images, and the loss looks at the mixture alone (blind
 source separation): the decoders discover digits and garments by themselves. Which one does which
-is checked once, afterwards, on 1,000 validation pairs. `python mixvae.py --epochs 20` takes 115 s on
-two cores of an AMD EPYC. On 10,000 test pairs the decoders reach 19.57 / 18.60 dB PSNR (digit
+is checked once, afterwards, on 1,000 validation pairs. `python mixvae.py --epochs 20` takes 115 s
+on two cores of an AMD EPYC. On 10,000 test pairs the decoders reach 19.57 / 18.60 dB PSNR (digit
 / garment), `separate`, which looks at each mixture again, 25.79 dB for both.
 """
 import argparse, copy, io, signal, socket, sys, tempfile, threading, time

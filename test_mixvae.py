@@ -242,15 +242,14 @@ def test_flags_reach_the_training(root, tmp_path, monkeypatch):
     monkeypatch.setattr(mixvae, "train_model", lambda *args: calls.append(args) or [(1, 1)])
     for more in ["", "--epochs 3 --supervised --noise .1 --batch-size 1649 --lr .001", "--seed 1"]:
         assert main(flags + more.split()) == 0
-    calls = calls[3::4]  # after the three starts
-    first, second, third = [weights(args[0]) for args in calls]
+    first, second, third = [weights(args[0]) for args in calls[3::4]]  # after three starts each
     assert torch.equal(first, second) and not torch.equal(first, third)
-    _, train_data, criterion, _, epochs, val_data, *_ = calls[0]
+    _, train_data, criterion, _, epochs, val_data, *_ = calls[3]
     assert epochs == 20 and not criterion.supervised and train_data.dataset.noise == 0
     stream = torch.get_rng_state()
     assert torch.equal(torch.cat([sources for _, sources in val_data]), MixMNIST(root, "val")[:][1])
     assert torch.equal(stream, torch.get_rng_state())  # validation leaves it alone
-    _, train_data, criterion, adam, epochs, val_data, *_ = calls[1]
+    _, train_data, criterion, adam, epochs, val_data, *_ = calls[7]
     assert (epochs, adam.defaults["lr"], criterion.supervised) == (3, 0.001, True)
     assert train_data.dataset.noise == val_data.dataset.noise == 0.1
     (_, batch), = train_data  # shuffled; a last batch of one image is dropped
