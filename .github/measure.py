@@ -1,6 +1,7 @@
 """Print the README's figures that a plain run does not print itself, on the real data in data/.
 
     python .github/measure.py seeds N [FLAGS]    the script with FLAGS and the seeds 0 to N - 1
+    python .github/measure.py alike N [FLAGS]    the same, but decoder 2 learns as fast as decoder 1
     python .github/measure.py recipe             a plain recipe for the same task, 20 epochs
 """
 import contextlib, io, re, statistics, sys, tempfile, time
@@ -32,6 +33,14 @@ def seeds(n, *flags):
               f"maximum {max(values):.2f}")
 
 
+def alike(n, *flags):
+    """`seeds`, where a single rate, the first, is the peak of the schedule for the whole model."""
+    cycle = torch.optim.lr_scheduler.OneCycleLR
+    torch.optim.lr_scheduler.OneCycleLR = lambda optimizer, rates, **options: cycle(
+        optimizer, rates[0], **options)
+    seeds(n, *flags)
+
+
 def recipe():
     """Binary cross-entropy of the mixture + KL divergence, Adam 1e-4, batches of 32 in order."""
     torch.manual_seed(0)
@@ -57,4 +66,7 @@ def recipe():
 
 
 if __name__ == "__main__":
-    recipe() if sys.argv[1] == "recipe" else seeds(int(sys.argv[2]), *sys.argv[3:])
+    if sys.argv[1] == "recipe":
+        recipe()
+    else:
+        {"seeds": seeds, "alike": alike}[sys.argv[1]](int(sys.argv[2]), *sys.argv[3:])
