@@ -2,8 +2,9 @@
 
 Each input is the average of one MNIST digit and one Fashion-MNIST garment. One encoder gives two
 Gaussian latents, two decoders give two images, and the loss looks at the mixture alone (blind
-source separation). The decoders discover digits and garments by themselves; which one does which
-is checked on 1,000 validation pairs. README.md tells what `python mixvae.py --epochs 20` reaches.
+source separation). The decoders discover digits and garments by themselves; 1,000 validation pairs
+tell which is which, once. Test PSNR after `python mixvae.py --epochs 20`, 93 s on two AMD EPYC
+cores: decoded 20.32 / 19.21 dB (digit / garment), and 26.16 dB for both by `separate`.
 """
 import argparse, copy, io, pathlib, signal, socket, sys, tempfile, threading, time
 
@@ -31,7 +32,7 @@ class MixMNIST(Dataset):
     """Mixtures of digit i of MNIST and garment i of Fashion-MNIST.
 
     An item is `(mixed, sources)`, float32 in [0, 1]: mixed (784,), sources (2, 784), digit first;
-    a list of B indices gives a batch. `split`: "train" (the first 55,000 training pairs), "val"
+    B indices or a slice give a batch. `split`: "train" (the first 55,000 training pairs), "val"
     (the last 5,000), "test" (10,000). `noise` is the standard deviation of Gaussian noise on
     `mixed`, drawn afresh each time for training, else fixed. OSError: the data cannot be had.
     """
@@ -73,7 +74,7 @@ def layer(n_in, n_out):
 
 
 class Encoder(nn.Sequential):
-    """Mixtures (B, 784) to (B, 2 latents, mean and log-variance, 32)."""
+    """Mixtures (B, 784) to (B, 2, 2, 32): by latent, then its mean and its log-variance."""
 
     def __init__(self):
         super().__init__(layer(PIXELS, 512), layer(512, 256), nn.Linear(256, 4 * LATENT),
@@ -104,7 +105,7 @@ class VAE(nn.Module):
         return torch.stack([self.decoder1(z[:, 0]), self.decoder2(z[:, 1])], dim=1)
 
     def forward(self, mixed):
-        """Mixtures (B, 784) to reconstruction, source1, source2, mean1, logvar1, mean2, logvar2."""
+        """(B, 784) to reconstruction, sources (B, 784), mean1, logvar1, mean2, logvar2 (B, 32)."""
         mean, logvar = self.encoder(mixed).unbind(dim=2)  # (B, 2, 32) each
         sources = self.decode(reparameterise(mean, logvar) if self.training else mean)
         return mix(sources), *sources.unbind(1), mean[:, 0], logvar[:, 0], mean[:, 1], logvar[:, 1]
@@ -112,7 +113,7 @@ class VAE(nn.Module):
 
 # ---- loss ----------------------------------------------------------------------------------------
 def gaussian_nll(image, target, dim=None):
-    """-log N(target | image, MSE * I) = 784/2 log(MSE) + constant, in nats: normally below 0."""
+    """-log N(target | image, MSE * I) = 784/2 log(MSE) + constant, in nats per image: at most 0."""
     # A Gaussian decoder that always has its best variance, the MSE (the mean over `dim`), needs no
     # weight against the KL divergence (sigma-VAE, Rybkin et al. 2021, arxiv.org/abs/2006.13202).
     return PIXELS / 2 * (target - image).square().mean(dim).log()
@@ -124,16 +125,16 @@ def kl_divergence(mean, logvar):
 
 
 class VAELoss(nn.Module):
-    """The mixture's negative ELBO, in nats per image up to a constant; or the sources' as well."""
+    """The mixture's negative ELBO in nats per image, up to a constant; or plus the sources' NLL."""
 
     def __init__(self, supervised=False):
         super().__init__()
         self.supervised = supervised
 
     def forward(self, outputs, sources):
-        """The model's outputs, sources (B, 2, 784) to scalars (total, reconstruction, KL)."""
+        """The model's outputs, sources (B, 2, 784) to scalars (total, reconstruction NLL, KL)."""
         reconstruction, source1, source2, mean1, logvar1, mean2, logvar2 = outputs
-        # Blind: the sources enter only through their mixture, without noise. One MSE per batch.
+        # Blind: the sources enter only as their mixture, without noise. One MSE for the batch.
         nll = gaussian_nll(reconstruction, mix(sources))
         if self.supervised:
             nll = nll + gaussian_nll(source1, sources[:, 0]) + gaussian_nll(source2, sources[:, 1])
@@ -145,7 +146,7 @@ class VAELoss(nn.Module):
 def train_model(model, train_data, criterion, optimizer, epochs, val_data, device, stop=None):
     """Train, then restore the weights with the lowest validation loss.
 
-    The optimizer's rates are one cycle's peaks (Smith & Topin 2019, arxiv.org/abs/1708.07120).
+    Each group's rate is the peak of its one cycle (Smith & Topin 2019, arxiv.org/abs/1708.07120).
     Once `stop`, a threading.Event, is set, the epoch is the last. Returns each epoch's (training,
     validation) loss, means over batches. FloatingPointError: a loss is not finite.
     """
@@ -165,16 +166,16 @@ def train_model(model, train_data, criterion, optimizer, epochs, val_data, devic
             loss.backward()
             optimizer.step()
             schedule.step()
-            train_loss += loss.detach() / len(train_data)  # read once an epoch: no GPU waits
-        model.eval()  # 4. Validation step: on latent means, so that its total is no ELBO
+            train_loss += loss.detach() / len(train_data)  # read once an epoch: no step waits
+        model.eval()  # 4. Validation step: on latent means, so its total is not an ELBO
         with torch.no_grad():
             parts = [criterion(model(x.to(device)), y.to(device)) for x, y in val_data]
-        val_loss, reconstruction, kl = torch.tensor(parts).mean(dim=0).tolist()
+        val_loss, nll, kl = torch.tensor(parts).mean(dim=0).tolist()
         if not torch.isfinite(train_loss + val_loss):  # 5. Epoch summary
             raise FloatingPointError(f"the loss is not finite in epoch {epoch}: lower --lr")
         losses.append((train_loss.item(), val_loss))
         best = val_loss == min(value for _, value in losses)
-        print(f"{epoch:5}  {train_loss:10.2f}  {val_loss:10.2f}  {reconstruction:14.2f}  {kl:5.1f}"
+        print(f"{epoch:5}  {train_loss:10.2f}  {val_loss:10.2f}  {nll:14.2f}  {kl:5.1f}"
               f"  {time.perf_counter() - start:7.2f}{'  best' if best else ''}")
         if best:  # 6. Checkpoint
             best_state = copy.deepcopy(model.state_dict())
@@ -186,7 +187,7 @@ def train_model(model, train_data, criterion, optimizer, epochs, val_data, devic
 
 @torch.no_grad()
 def put_digit_first(model, val_set):
-    """Swap the latents and decoders if that lowers the error on 1,000 validation pairs."""
+    """Swap latents and decoders in place if 1,000 validation pairs are then closer."""
     mixed, sources = val_set[:1000]
     decoded = torch.stack(model.eval()(mixed)[1:3], dim=1)  # (1000, 2, 784)
     if (decoded.flip(1) - sources).square().sum() < (decoded - sources).square().sum():
@@ -200,30 +201,30 @@ def put_digit_first(model, val_set):
 def separate(model, mixed, noise=0.0):
     """Estimate the sources of mixtures, (B, 784) to (B, 2, 784) in [0, 1], digit first.
 
-    Below noise 0.2, ten steps of Adam refine the latent means on the loss of one image, |z|^2 / 2
-    for its KL divergence (Kim et al. 2018, arxiv.org/abs/1802.02550, do so in training too). Then
-    the residual 2 mixed - source1 - source2 is shared out by uncertainty (after Wisdom et al. 2019,
-    arxiv.org/abs/1811.08521), less the share of noise of standard deviation `noise`.
+    Below noise 0.2, ten steps of Adam refine the latent means on each image's own loss, where the
+    means' part of the KL divergence is |z|^2 / 2 (after Kim et al. 2018, arxiv.org/abs/1802.02550).
+    Then the residual 2 mixed - source1 - source2, but for the part of noise of standard deviation
+    `noise`, is shared out by uncertainty (after Wisdom et al. 2019, arxiv.org/abs/1811.08521).
     """
     was_training = model.training
     z, logvar = model.eval().encoder(mixed).unbind(dim=2)  # (B, 2, 32) each
     adam = torch.optim.Adam([z.requires_grad_()], lr=0.2, betas=(0.7, 0.9))
-    for _ in range(10 if noise < 0.2 else 0):  # where there is more noise, they would fit it
+    for _ in range(10 if noise < 0.2 else 0):  # else they would fit the noise
         with torch.enable_grad():
             loss = gaussian_nll(mix(model.decode(z)), mixed, dim=1).sum() + z.square().sum() / 2
         z.grad = torch.autograd.grad(loss, z)[0]  # leaves no gradients in the decoders
         adam.step()
-    # A pixel's uncertainty is the geometric mean of two variances: that of eight posterior draws,
-    # and decoded (1 - decoded), a black or white pixel's. A heuristic, chosen on validation pairs.
+    # A pixel's uncertainty is the geometric mean of two variances: of eight draws around z, and of
+    # a black or white pixel, decoded (1 - decoded). A heuristic, chosen on validation pairs.
     eps = (logvar / 2).exp() * fixed_normal(8, 1, 2, LATENT).to(mixed.device)  # (8, B, 2, 32)
     decoded = model.decode(z)  # (B, 2, 784)
     variance = torch.stack([model.decode(z + e) - decoded for e in eps]).square().mean(dim=0)
     model.train(was_training)
     uncertainty = ((variance + 1e-5) * (decoded * (1 - decoded) + 1e-3)).sqrt()  # (B, 2, 784)
-    share = uncertainty / (uncertainty.sum(dim=1, keepdim=True) + 4 * noise**2)
+    share = uncertainty / (uncertainty.sum(dim=1, keepdim=True) + 4 * noise**2)  # in 2 mixed
     total = 2 * mixed  # digit + garment
     sources = decoded + share * (total - decoded.sum(dim=1)).unsqueeze(1)
-    digit = sources[:, 0].clamp((total - 1).clamp(min=0), total.clamp(max=1))  # and total - digit
+    digit = sources[:, 0].clamp((total - 1).clamp(min=0), total.clamp(max=1))  # garment too
     return sources.clamp(0, 1) if noise else torch.stack([digit, total - digit], dim=1)
 
 
@@ -244,7 +245,7 @@ def print_psnr(model, test_set):
 # ---- figures -------------------------------------------------------------------------------------
 @torch.no_grad()
 def prepare_images(model, train_set, test_set):
-    """The columns of each picture, by file name and title: images (8, 784) in [0, 1]."""
+    """Each file's columns, title to images (8, 784) in [0, 1]; results.png as the homework asks."""
     mixed, truth = test_set[:8]
     reconstruction, digit, garment, *_ = model.eval()(mixed)
     digit2, garment2 = separate(model, mixed, test_set.noise).unbind(dim=1)
@@ -294,15 +295,15 @@ def save(path, write):
 def main(argv=None):
     """Train, save, measure, draw. Returns 0, after Ctrl-C in training 130; wrong flags exit with 2.
 
-    Once the model is saved, an earlier run's figures are removed: no folder mixes two runs.
+    Once the model is saved, older figures are removed. Raises OSError, FloatingPointError.
     """
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                                      description=__doc__.splitlines()[0])
     fastest = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     add = parser.add_argument
     add("--epochs", type=int, default=20, help="passes over the training pairs")
-    add("--device", choices=sorted({"auto", "cpu", fastest.type}), default="auto", help="to use")
-    add("--noise", type=float, default=0.0, help="standard deviation of noise on the mixtures")
+    add("--device", choices=sorted({"auto", "cpu", fastest.type}), default="auto", help="auto: GPU")
+    add("--noise", type=float, default=0.0, help="standard deviation of noise on mixtures")
     add("--supervised", action="store_true", help="let the loss see the sources too")
     add("--batch-size", type=int, default=384, help="mixtures per training step")
     add("--lr", type=float, default=0.03, help="highest learning rate")
@@ -315,7 +316,7 @@ def main(argv=None):
     device = torch.device("cpu") if args.device == "cpu" else fastest
     args.out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=args.out).close()  # a folder that cannot be written fails now
-    socket.setdefaulttimeout(10)  # for a download that stalls
+    socket.setdefaulttimeout(10)  # seconds, for a download that stalls
     torch.set_float32_matmul_precision("medium")  # bf16 or TF32 products, where the device has them
     torch.manual_seed(args.seed)
     train_set, val_set, test_set = (MixMNIST(args.data, split, args.noise, device)
@@ -326,7 +327,7 @@ def main(argv=None):
     val_data = DataLoader(val_set, 500, collate_fn=tuple, generator=torch.Generator())
     model = VAE().to(device)
     # Two decoders that learn alike may each take up a bit of both sources, and some starts stay so.
-    # Where decoder 2 learns at half the rate, it leaves the digits to decoder 1.
+    # At half the rate, decoder 2 leaves the digits to decoder 1 (put_digit_first checks it).
     faster = {"params": [*model.encoder.parameters(), *model.decoder1.parameters()]}
     slower = {"params": model.decoder2.parameters(), "lr": args.lr / 2}
     optimizer = torch.optim.Adam([faster, slower], args.lr, betas=(0.9, 0.95), fused=True)
@@ -350,7 +351,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # live, any letters
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # live, in any console
     try:
         sys.exit(main())
     except (OSError, FloatingPointError) as error:
