@@ -262,7 +262,7 @@ def prepare_images(model, train_set, test_set):
 
 def draw_columns(columns):
     """A figure of columns, title to images (rows, 784), all on one grey scale."""
-    axes = Figure(figsize=(1.5 * len(columns), 12), layout="constrained").subplots(1, len(columns))
+    axes = Figure(figsize=(1.45 * len(columns), 12), layout="constrained").subplots(1, len(columns))
     for ax, (title, images) in zip(axes, columns.items()):
         ax.imshow(images.reshape(-1, 28).cpu().numpy(), cmap="gray", vmin=0, vmax=1)
         ax.set(title=title.replace(" ", "\n"), xticks=[], yticks=[], frame_on=False)
