@@ -274,7 +274,7 @@ def draw_losses(losses):
     ax = Figure(figsize=(7, 4.5), layout="constrained").subplots()
     epochs = range(1, len(losses) + 1)
     ax.plot(epochs, losses, ".-", label=["training (latents sampled)", "validation (latent means)"])
-    ax.axvline(min(epochs, key=lambda epoch: losses[epoch - 1][1]), ls=":", label="best epoch")
+    ax.axvline(min(epochs, key=lambda i: losses[i - 1][1]), c="grey", ls=":", label="best epoch")
     ax.set(xlabel="epoch", ylabel="loss (nats per image)", xticks=epochs[::1 + len(losses) // 25])
     ax.legend()
     return ax.figure
