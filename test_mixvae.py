@@ -51,7 +51,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def model(root):
-    trained, _ = train(root, 6)  # blind
+    trained, _ = train(root, 5)  # blind
     put_digit_first(trained, MixMNIST(root, "val"))
     return trained
 
