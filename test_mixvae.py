@@ -34,8 +34,7 @@ def write_stand_in(root, n_train=60_000, n_test=10_000):
     """Write drawn MNIST and Fashion-MNIST files into `root`, in torchvision's layout."""
     generator = torch.Generator().manual_seed(0)
     for dataset, glyphs in (("MNIST", DIGITS), ("FashionMNIST", GARMENTS)):
-        raw = pathlib.Path(root, dataset, "raw")
-        raw.mkdir(parents=True, exist_ok=True)
+        (raw := pathlib.Path(root, dataset, "raw")).mkdir(parents=True, exist_ok=True)
         for name, n in (("train", n_train), ("t10k", n_test)):
             labels = torch.randint(10, (n,), generator=generator)
             pixels = drawn(glyphs, labels, generator).numpy().tobytes()
@@ -184,7 +183,7 @@ def test_schedule_and_best_epoch(root):
     assert losses[0][0] == pytest.approx(sum(totals[:30]) / 30) and losses[3][0] < losses[0][0]
     assert torch.equal(weights(model), states[2]) and torch.equal(states[2], states[3])
     fast, _, slow = zip(*rates)
-    assert max(fast) == pytest.approx(0.008, rel=0.1) and max(fast[0], fast[-1]) < 1e-3
+    assert len(fast) == 120 and fast[0] < 1e-3 > fast[-1] and 0.0072 <= max(fast) <= 0.0088
     assert 30 < fast.index(max(fast)) < 90 and slow == pytest.approx([rate / 2 for rate in fast])
 
 
@@ -209,8 +208,9 @@ def test_blind_training_separates(noise, root, model):
     assert torch.equal(stream, torch.get_rng_state()) and separated.equal(separated.clamp(0, 1))
     assert torch.allclose(separated[5:6], separate(model, mixed[5:6], noise), atol=1e-3)
     assert torch.allclose(separated.sum(dim=1), 2 * mixed, atol=1e-6) == (noise == 0)
-    gains = [psnr(decoded[:, k], sources[:, k]) - psnr(mixed, sources[:, k]) for k in (0, 1)]
-    assert noise or min(gains) > 3 and psnr(separated, sources) > psnr(decoded, sources) + 1
+    plain = [psnr(decoded[:, k], sources[:, k]) for k in (0, 1)]
+    assert noise or min(plain) > max(psnr(mixed, sources[:, k]) for k in (0, 1)) + 3
+    assert psnr(separated, sources) > (psnr(decoded, sources) if noise else max(plain) + 1)
     assert not noise or psnr(separated, sources) > psnr(separate(model, mixed), sources)
     refined, kept = (psnr(separate(model, mixed, near), sources) for near in (0.199, 0.2))
     assert noise > 0.2 or refined > kept + 0.05
@@ -218,15 +218,15 @@ def test_blind_training_separates(noise, root, model):
 
 
 def test_table_and_pictures(root, model, capsys):
-    test_set = MixMNIST(root, "test")
-    mixed, sources = test_set[:]
+    mixed, sources = (test_set := MixMNIST(root, "test"))[:]
     separated, outputs = separate(model, mixed).unbind(dim=1), model.eval()(mixed)
     mixvae.print_psnr(model.train(), test_set)
     printed = [float(value) for value in re.findall(r"\d+\.\d+", capsys.readouterr().out)]
     assert printed == pytest.approx([psnr(images[k], sources[:, k]) for images in (
         [mixed, mixed], outputs[1:3], separated) for k in (0, 1)], abs=0.006)
     pictures = mixvae.prepare_images(model.train(), MixMNIST(root), test_set)
-    assert list(pictures["results.png"])[1:] == ["Fashion image", "Number image", "Main image"]
+    assert ", ".join(pictures["results.png"]) == (
+        "Reconstructed image, Fashion image, Number image, Main image")
     shown = [*pictures["results.png"].values(), *pictures["separation.png"].values()]
     expected = [outputs[0], outputs[2], outputs[1], mixed, mixed, outputs[1], separated[0],
                 sources[:, 0], outputs[2], separated[1], sources[:, 1]]
