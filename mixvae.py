@@ -1,360 +1,400 @@
-"""A variational autoencoder that separates a mixture of two images, trained on mixtures alone.
+"""A variational autoencoder that separates mixtures without ever seeing the sources.
 
-Each input is the average of one MNIST digit and one Fashion-MNIST garment. One encoder gives two
-Gaussian latents, two decoders give two images, and the loss looks at the mixture alone (blind
-source separation). The decoders discover digits and garments by themselves; 1,000 validation pairs
-tell which is which, once. Test PSNR after `python mixvae.py --epochs 20`, 93 s on two AMD EPYC
-cores: decoded 20.32 / 19.21 dB (digit / garment), and 26.16 dB for both by `separate`.
+Each input is the average of one MNIST digit and one Fashion-MNIST garment. One encoder
+gives two Gaussian latents, two decoders give two images, and the loss looks only at
+their average (blind source separation): the decoders discover digits and garments by
+themselves. True sources only tune and measure, and tell which decoder is which.
 """
-import argparse, copy, io, pathlib, signal, socket, sys, tempfile, threading, time
+
+import contextlib
+import copy
+import math
+import os
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from pathlib import Path
+from unittest import mock
 
 import torch
-from matplotlib.figure import Figure
 from torch import nn
+from torch.nn.functional import mse_loss
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import MNIST, FashionMNIST
+from torchvision.utils import make_grid
 
-PIXELS, LATENT = 28 * 28, 32
+# A notebook's MPLBACKEND may break this import elsewhere, so it is hidden meanwhile.
+with mock.patch.dict(os.environ, MPLBACKEND=""):
+    from matplotlib import figure, rcParams
+with contextlib.suppress(KeyError, ValueError):
+    rcParams["backend"] = os.environ["MPLBACKEND"]
+
+PIXELS = 28 * 28
+LATENT = 32
 
 
-# ---- data ----------------------------------------------------------------------------------------
-def mix(sources):
-    """The mixing rule: the average of two images, (..., 2, 784) to (..., 784)."""
-    return sources.mean(dim=-2)
-
-
-def fixed_normal(*shape):
-    """Draws from N(0, 1), the same each time, that leave torch's own random stream alone."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+# ---- data ----------------------------------------------------------------------------
+def mix(image1, image2):
+    """The mixing rule: the average of two images."""
+    return (image1 + image2) / 2
 
 
 class MixMNIST(Dataset):
     """Mixtures of digit i of MNIST and garment i of Fashion-MNIST.
 
-    An item is `(mixed, sources)`, float32 in [0, 1]: mixed (784,), sources (2, 784), digit first;
-    B indices or a slice give a batch. `split`: "train" (the first 55,000 training pairs), "val"
-    (the last 5,000), "test" (10,000). `noise` is the standard deviation of Gaussian noise on
-    `mixed`, drawn afresh each time for training, else fixed. OSError: the data cannot be had.
+    An item is (mixed, digit, garment), (784,) each, or (B, 784) for B indices, in
+    [0, 1]; `mixed` gets new Gaussian noise of standard deviation `noise` each time.
+    `labels`, (N, 2): the classes of digit and garment. `split`: "train" (the first
+    55,000 training pairs), "val" (the last 5,000), "test". Raises OSError without data.
     """
 
     def __init__(self, root="data", split="train", noise=0.0, device="cpu"):
         try:
-            digits = MNIST(root, train=split != "test", download=True)
-            garments = FashionMNIST(root, train=split != "test", download=True)
-        except Exception as error:  # of many kinds: no network, a damaged file, no space, ...
-            raise OSError(f"no usable data: {error!r}\nDelete {root}/MNIST/raw and {root}/Fashion"
-                          f"MNIST/raw where damaged, put {', '.join(dict(MNIST.resources))} of "
-                          "each there, or draw a stand-in: python test_mixvae.py DIR") from error
-        n_val = len(digits) // 12  # 5,000 of 60,000
-        part = {"train": slice(-n_val), "val": slice(-n_val, None), "test": slice(None)}[split]
-        images = torch.stack([digits.data[part], garments.data[part]], dim=1)  # (N, 2, 28, 28)
-        self.images = images.flatten(2).to(device)  # (N, 2, 784), uint8
+            mnist = MNIST(root, train=split != "test", download=True)
+            fashion = FashionMNIST(root, train=split != "test", download=True)
+        except Exception as error:  # of many kinds: no network, a damaged file, ...
+            raise OSError(f"no data in {root} (see README.md): {error!r}") from error
+        n = len(mnist) * 11 // 12  # 55,000 of 60,000
+        part = {"train": slice(n), "val": slice(n, None), "test": slice(None)}[split]
+        self.digits = mnist.data[part].flatten(1).clone().to(device)  # uint8, no view
+        self.garments = fashion.data[part].flatten(1).clone().to(device)
+        self.labels = torch.stack([mnist.targets[part], fashion.targets[part]], dim=1)
         self.noise = noise
-        fixed = noise and split != "train"
-        self.fixed_noise = fixed_normal(len(self), PIXELS).to(device) if fixed else None
 
     def __len__(self):
-        return len(self.images)
+        return len(self.digits)
 
     def __getitem__(self, index):
-        sources = self.images[index] / 255  # (..., 2, 784)
-        mixed = mix(sources)  # (..., 784)
+        digit = self.digits[index] / 255
+        garment = self.garments[index] / 255
+        mixed = mix(digit, garment)
         if self.noise:
-            noise = torch.randn_like(mixed) if self.fixed_noise is None else self.fixed_noise[index]
-            mixed = (mixed + self.noise * noise).clamp(0, 1)
-        return mixed, sources
+            mixed = mixed + self.noise * torch.randn_like(mixed)
+        return mixed, digit, garment
 
-    __getitems__ = __getitem__  # a whole batch at once, for a DataLoader with collate_fn=tuple
+    __getitems__ = __getitem__  # a whole batch at once for a DataLoader
 
 
-# ---- model ---------------------------------------------------------------------------------------
-def layer(n_in, n_out):
+# ---- model ---------------------------------------------------------------------------
+def hidden(n_in, n_out):
     """A hidden layer, (B, n_in) to (B, n_out); batch norm brings the bias."""
-    return nn.Sequential(nn.Linear(n_in, n_out, bias=False), nn.BatchNorm1d(n_out), nn.ReLU(True))
+    linear = nn.Linear(n_in, n_out, bias=False)
+    return nn.Sequential(linear, nn.BatchNorm1d(n_out), nn.ReLU(inplace=True))
 
 
-class Encoder(nn.Sequential):
-    """Mixtures (B, 784) to (B, 2, 2, 32): by latent, then its mean and its log-variance."""
+class Encoder(nn.Module):
+    """Mixtures (B, 784) to mean1, logvar1, mean2, logvar2, (B, 32) each."""
 
     def __init__(self):
-        super().__init__(layer(PIXELS, 512), layer(512, 256), nn.Linear(256, 4 * LATENT),
-                         nn.Unflatten(1, (2, 2, LATENT)))
+        super().__init__()
+        self.body = nn.Sequential(hidden(PIXELS, 512), hidden(512, 256))
+        self.head1 = nn.Linear(256, 2 * LATENT)
+        self.head2 = nn.Linear(256, 2 * LATENT)
+
+    def forward(self, mixed):
+        features = self.body(mixed)  # (B, 256)
+        mean1, logvar1 = self.head1(features).chunk(2, dim=1)
+        mean2, logvar2 = self.head2(features).chunk(2, dim=1)
+        return mean1, logvar1, mean2, logvar2
 
 
 class Decoder(nn.Sequential):
     """Latents (B, 32) to images (B, 784) in [0, 1]."""
 
     def __init__(self):
-        super().__init__(layer(LATENT, 256), layer(256, 512), nn.Linear(512, PIXELS), nn.Sigmoid())
+        layers = hidden(LATENT, 256), hidden(256, 512), nn.Linear(512, PIXELS)
+        super().__init__(*layers, nn.Sigmoid())
 
 
 def reparameterise(mean, logvar):
-    """A sample z = mean + std * eps, eps ~ N(0, I), through which gradients reach mean and std."""
+    """A sample mean + std * eps, eps ~ N(0, I); gradients reach mean and logvar."""
     return mean + (logvar / 2).exp() * torch.randn_like(mean)
 
 
 class VAE(nn.Module):
-    """Kingma & Welling 2014 (arxiv.org/abs/1312.6114), but with two latents and two decoders."""
+    """The VAE of Kingma & Welling 2014 (arxiv.org/abs/1312.6114) with two decoders."""
 
     def __init__(self):
         super().__init__()
-        self.encoder, self.decoder1, self.decoder2 = Encoder(), Decoder(), Decoder()
-
-    def decode(self, z):
-        """Two latents (B, 2, 32) to two sources (B, 2, 784) in [0, 1]."""
-        return torch.stack([self.decoder1(z[:, 0]), self.decoder2(z[:, 1])], dim=1)
+        self.encoder = Encoder()
+        self.decoder1 = Decoder()
+        self.decoder2 = Decoder()
 
     def forward(self, mixed):
-        """(B, 784) to reconstruction, sources (B, 784), mean1, logvar1, mean2, logvar2 (B, 32)."""
-        mean, logvar = self.encoder(mixed).unbind(dim=2)  # (B, 2, 32) each
-        sources = self.decode(reparameterise(mean, logvar) if self.training else mean)
-        return mix(sources), *sources.unbind(1), mean[:, 0], logvar[:, 0], mean[:, 1], logvar[:, 1]
+        """(B, 784) to three images (B, 784), then the encoder's outputs (B, 32)."""
+        mean1, logvar1, mean2, logvar2 = self.encoder(mixed)
+        z1 = reparameterise(mean1, logvar1) if self.training else mean1
+        z2 = reparameterise(mean2, logvar2) if self.training else mean2
+        decoded1 = self.decoder1(z1)
+        decoded2 = self.decoder2(z2)
+        reconstruction = mix(decoded1, decoded2)
+        return reconstruction, decoded1, decoded2, mean1, logvar1, mean2, logvar2
 
 
-# ---- loss ----------------------------------------------------------------------------------------
-def gaussian_nll(image, target, dim=None):
-    """-log N(target | image, MSE * I) = 784/2 log(MSE) + constant, in nats per image: at most 0."""
-    # The MSE of all (B, 784), or over `dim`: a decoder with this, its best variance, needs
-    # no weight against the KL divergence (sigma-VAE, Rybkin et al. 2021, arxiv.org/abs/2006.13202).
-    return PIXELS / 2 * (target - image).square().mean(dim).log()
+# ---- loss ----------------------------------------------------------------------------
+def gaussian_nll(mse):
+    """-log N(image; decoded, MSE) in nats, up to a constant: 784/2 log(MSE)."""
+    # The MSE (of a batch, or of one image) is the variance that fits best, so no weight
+    # is to be tuned against the KL divergence (sigma-VAE, arxiv.org/abs/2006.13202).
+    return PIXELS / 2 * mse.log()
 
 
 def kl_divergence(mean, logvar):
-    """KL(N(mean, var) || N(0, I)) in nats, (B, 32) to (B,) (Kingma & Welling 2014, appendix B)."""
+    """KL(N(mean, var) || N(0, I)) in nats, (B, 32) to (B,): Kingma & Welling, app. B"""
     return -0.5 * (1 + logvar - mean.square() - logvar.exp()).sum(dim=1)
 
 
 class VAELoss(nn.Module):
-    """The mixture's negative ELBO in nats per image, up to a constant; or plus the sources' NLL."""
+    """The mixture's negative ELBO in nats; `supervised` adds the sources' own NLL."""
 
     def __init__(self, supervised=False):
         super().__init__()
         self.supervised = supervised
 
-    def forward(self, outputs, sources):
-        """The model's outputs, sources (B, 2, 784) to scalars (total, reconstruction NLL, KL)."""
-        reconstruction, source1, source2, mean1, logvar1, mean2, logvar2 = outputs
-        # Blind: the sources enter only as their mixture, without noise. One MSE for the batch.
-        nll = gaussian_nll(reconstruction, mix(sources))
+    def forward(self, outputs, digit, garment):
+        """The VAE's outputs and the true sources to scalars: total loss, nll, kl."""
+        reconstruction, decoded1, decoded2, mean1, logvar1, mean2, logvar2 = outputs
+        # Blind: the sources enter only as their mixture, which is without the noise.
+        nll = gaussian_nll(mse_loss(reconstruction, mix(digit, garment)))
         if self.supervised:
-            nll = nll + gaussian_nll(source1, sources[:, 0]) + gaussian_nll(source2, sources[:, 1])
+            nll = nll + gaussian_nll(mse_loss(decoded1, digit))
+            nll = nll + gaussian_nll(mse_loss(decoded2, garment))
         kl = (kl_divergence(mean1, logvar1) + kl_divergence(mean2, logvar2)).mean()
         return nll + kl, nll, kl
 
 
-# ---- training ------------------------------------------------------------------------------------
-def train_model(model, train_data, criterion, optimizer, epochs, val_data, device, stop=None):
-    """Train, then restore the weights with the lowest validation loss.
+# ---- training ------------------------------------------------------------------------
+def train_model(model, train_data, criterion, optimizer, epochs, val_data, device):
+    """Train, then restore the weights of the epoch with the lowest validation loss.
 
-    Each group's rate is the peak of its one cycle (Smith & Topin 2019, arxiv.org/abs/1708.07120).
-    Once `stop`, a threading.Event, is set, the epoch is the last. Returns each epoch's (training,
-    validation) loss, means over batches. FloatingPointError: a loss is not finite.
+    The optimizer's rates are peaks. Returns the training and the validation losses, two
+    lists in nats per image; Ctrl-C ends them early. FloatingPointError: not finite.
     """
-    model.to(device)  # 1. Initialisation
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, [group["lr"] for group in optimizer.param_groups], pct_start=0.6,
-        total_steps=epochs * len(train_data), cycle_momentum=False)
-    losses = []
-    print("epoch  train loss    val loss  reconstruction     KL  seconds")
-    for epoch in range(1, epochs + 1):  # 2. Loop
-        start = time.perf_counter()
-        train_loss = 0
-        model.train()
-        for mixed, sources in train_data:  # 3. Training step
-            loss, _, _ = criterion(model(mixed.to(device)), sources.to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            train_loss += loss.detach() / len(train_data)  # read once an epoch: no step waits
-        model.eval()  # 4. Validation step: on latent means, so its total is not an ELBO
-        with torch.no_grad():
-            parts = [criterion(model(x.to(device)), y.to(device)) for x, y in val_data]
-        val_loss, nll, kl = torch.tensor(parts).mean(dim=0).tolist()
-        if not torch.isfinite(train_loss + val_loss):  # 5. Epoch summary
-            raise FloatingPointError(f"the loss is not finite in epoch {epoch}: lower --lr")
-        losses.append((train_loss.item(), val_loss))
-        best = val_loss == min(value for _, value in losses)
-        print(f"{epoch:5}  {train_loss:10.2f}  {val_loss:10.2f}  {nll:14.2f}  {kl:5.1f}"
-              f"  {time.perf_counter() - start:7.2f}{'  best' if best else ''}")
-        if best:  # 6. Checkpoint
-            best_state = copy.deepcopy(model.state_dict())
-        if stop and stop.is_set():
-            break
+    best_loss, best_state, state = math.inf, None, None  # 1. Initialisation
+    train_losses, val_losses = [], []
+    # One cycle: for 60 % of the steps, the rate rises to its peak, then it falls to 0.
+    # High rates learn fast, low ones settle (Smith & Topin, arxiv.org/abs/1708.07120).
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    steps = epochs * len(train_data)
+    schedule = OneCycleLR(optimizer, peaks, steps, pct_start=0.6, cycle_momentum=False)
+    print(f"epoch train loss   val loss    val nll     val kl  on {device}", flush=True)
+    try:
+        for epoch in range(1, epochs + 1):  # 2. Loop
+            model.train()  # 3. Training step
+            train_loss = 0
+            for batch in train_data:
+                mixed, digit, garment = (images.to(device) for images in batch)
+                loss, _, _ = criterion(model(mixed), digit, garment)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                train_loss += loss.item() / len(train_data)
+            model.eval()  # 4. Validation step, with z = mean, no samples
+            terms = []
+            with torch.no_grad():
+                for batch in val_data:
+                    mixed, digit, garment = (images.to(device) for images in batch)
+                    terms.append(criterion(model(mixed), digit, garment))
+            val_loss, val_nll, val_kl = torch.tensor(terms).mean(dim=0).tolist()
+            row = train_loss, val_loss, val_nll, val_kl  # 5. Epoch summary
+            print(f"{epoch:5}", *(f"{value:10.2f}" for value in row), flush=True)
+            if not math.isfinite(train_loss + val_loss):
+                raise FloatingPointError("the loss is not finite: lower --lr")
+            # 6. Checkpoint, by one assignment, which Ctrl-C cannot leave half done
+            if val_loss < best_loss:
+                best_loss, state = val_loss, copy.deepcopy(model.state_dict())
+            losses = [*train_losses, train_loss], [*val_losses, val_loss]
+            (train_losses, val_losses), best_state = losses, state
+    except KeyboardInterrupt:
+        print("Ctrl-C: training ends here", flush=True)
+        if best_state is None:
+            raise
     model.load_state_dict(best_state)
-    return losses
+    return train_losses, val_losses
 
 
-@torch.no_grad()
+# ---- separation ----------------------------------------------------------------------
 def put_digit_first(model, val_set):
-    """Swap latents and decoders, in place, if the error on 1,000 validation pairs is then lower."""
-    mixed, sources = val_set[:1000]
-    decoded = torch.stack(model.eval()(mixed)[1:3], dim=1)  # (1000, 2, 784)
-    if (decoded.flip(1) - sources).square().sum() < (decoded - sources).square().sum():
+    """Swap heads and decoders, in place, if decoder 2 draws 1,000 pairs' digits."""
+    mixed, digit, _ = val_set[:1000]
+    _, decoded1, decoded2, *_ = model.eval()(mixed)
+    if mse_loss(decoded2, digit) < mse_loss(decoded1, digit):
+        encoder = model.encoder
+        encoder.head1, encoder.head2 = encoder.head2, encoder.head1
         model.decoder1, model.decoder2 = model.decoder2, model.decoder1
-        for parameter in model.encoder[-2].parameters():  # rows: mean1, logvar1, mean2, logvar2
-            parameter.copy_(parameter.roll(2 * LATENT, dims=0))
 
 
-# ---- separation ----------------------------------------------------------------------------------
 @torch.no_grad()
 def separate(model, mixed, noise=0.0):
-    """Estimate the sources of mixtures, (B, 784) to (B, 2, 784) in [0, 1], digit first.
+    """Estimate the sources: mixtures (B, 784) to digit, garment, (B, 784) in [0, 1].
 
-    Below noise 0.2, ten steps of Adam refine the latent means on each image's own loss, where the
-    means' part of the KL divergence is |z|^2 / 2 (after Kim et al. 2018, arxiv.org/abs/1802.02550).
-    Then the residual 2 mixed - source1 - source2, but for the part of noise of standard deviation
-    `noise`, is shared out by uncertainty (after Wisdom et al. 2019, arxiv.org/abs/1811.08521).
+    Ten steps of Adam on z1 and z2, from the encoder's means, minimise for each image
+    784/2 log(MSE) + (|z1|^2 + |z2|^2) / 2: a point estimate, with the means' part of
+    the KL divergence (after Kim et al. 2018, arxiv.org/abs/1802.02550). Then residuals
+    are shared out: E[source_k | mixed], if source_k ~ N(decoded_k, variance_k).
     """
     was_training = model.training
-    z, logvar = model.eval().encoder(mixed).unbind(dim=2)  # (B, 2, 32) each
-    adam = torch.optim.Adam([z.requires_grad_()], lr=0.2, betas=(0.7, 0.9))
-    for _ in range(10 if noise < 0.2 else 0):  # else they would fit the noise
+    mean1, _, mean2, _ = model.eval().encoder(mixed)
+    z1 = mean1.clone().requires_grad_()
+    z2 = mean2.clone().requires_grad_()
+    adam = torch.optim.Adam([z1, z2], lr=0.2, betas=(0.7, 0.9))
+    for _ in range(10):
         with torch.enable_grad():
-            loss = gaussian_nll(mix(model.decode(z)), mixed, dim=1).sum() + z.square().sum() / 2
-        z.grad = torch.autograd.grad(loss, z)[0]  # leaves no gradients in the decoders
+            reconstruction = mix(model.decoder1(z1), model.decoder2(z2))
+            mse = (mixed - reconstruction).square().mean(dim=1)  # (B,)
+            loss = gaussian_nll(mse).sum() + (z1.square() + z2.square()).sum() / 2
+        z1.grad, z2.grad = torch.autograd.grad(loss, [z1, z2])  # not of weights
         adam.step()
-    # A pixel's uncertainty is the geometric mean of two variances: of eight draws around z, and of
-    # a black or white pixel, decoded (1 - decoded). A heuristic, chosen on validation pairs.
-    eps = (logvar / 2).exp() * fixed_normal(8, 1, 2, LATENT).to(mixed.device)  # (8, B, 2, 32)
-    decoded = model.decode(z)  # (B, 2, 784)
-    variance = torch.stack([model.decode(z + e) - decoded for e in eps]).square().mean(dim=0)
+    decoded1 = model.decoder1(z1)
+    decoded2 = model.decoder2(z2)
     model.train(was_training)
-    uncertainty = ((variance + 1e-5) * (decoded * (1 - decoded) + 1e-3)).sqrt()  # (B, 2, 784)
-    share = uncertainty / (uncertainty.sum(dim=1, keepdim=True) + 4 * noise**2)  # in 2 mixed
-    total = 2 * mixed  # digit + garment
-    sources = decoded + share * (total - decoded.sum(dim=1)).unsqueeze(1)
-    digit = sources[:, 0].clamp((total - 1).clamp(min=0), total.clamp(max=1))  # garment too
-    return sources.clamp(0, 1) if noise else torch.stack([digit, total - digit], dim=1)
+    # A black or white pixel has variance s (1 - s); on validation pairs, the decoders'
+    # squared errors are 0.2 of it for digits, 0.1 for garments. 1e-9 avoids 0 / 0.
+    variance1 = 0.2 * decoded1 * (1 - decoded1) + 1e-9
+    variance2 = 0.1 * decoded2 * (1 - decoded2) + 1e-9
+    residual = 2 * mixed - decoded1 - decoded2
+    total = variance1 + variance2 + 4 * noise**2
+    digit = decoded1 + residual * variance1 / total
+    garment = decoded2 + residual * variance2 / total
+    if not noise:  # digit + garment = 2 mixed, both in [0, 1], which bounds the digit
+        digit = digit.clamp((2 * mixed - 1).clamp(min=0), (2 * mixed).clamp(max=1))
+        garment = 2 * mixed - digit
+    return digit.clamp(0, 1), garment.clamp(0, 1)
 
 
 @torch.no_grad()
 def print_psnr(model, test_set):
-    """Print both sources' PSNR, 10 log10(1 / MSE over all pairs); "mixture": the input itself."""
-    error = 0
-    for mixed, sources in DataLoader(test_set, 200, collate_fn=tuple):
-        decoded = torch.stack(model.eval()(mixed)[1:3], dim=1)  # (B, 2, 784)
-        images = mixed[:, None].expand_as(decoded), decoded, separate(model, mixed, test_set.noise)
-        error += (torch.stack(images) - sources).square().mean(dim=3).sum(dim=1)  # (3, 2)
-    psnr = -10 * (error / len(test_set)).log10()
-    print(f"\nPSNR in dB, {len(test_set):,} test pairs\n             digit  garment")
-    for name, (digit, garment) in zip(["mixture", "decoded", "separated"], psnr):
-        print(f"{name:9}  {digit:7.2f}  {garment:7.2f}")
+    """Print PSNRs, 10 log10(1 / MSE) over all pairs; "mixture": without separation."""
+    errors = {"mixture": 0, "decoded": 0, "separated": 0}
+    for i in range(0, len(test_set), 200):
+        mixed, digit, garment = test_set[i : i + 200]
+        _, decoded1, decoded2, *_ = model.eval()(mixed)
+        estimates = {"mixture": (mixed, mixed), "decoded": (decoded1, decoded2)}
+        estimates["separated"] = separate(model, mixed, test_set.noise)
+        truth = torch.stack([digit, garment])  # (2, B, 784)
+        for name, estimate in estimates.items():
+            errors[name] += (torch.stack(estimate) - truth).square().sum(dim=(1, 2))
+    print(f"\nPSNR in dB, {len(test_set):,} test pairs: digit, garment")
+    for name, error in errors.items():
+        psnr1, psnr2 = -10 * (error / len(test_set) / PIXELS).log10()
+        print(f"{name:9} {psnr1:10.2f} {psnr2:10.2f}", flush=True)
 
 
-# ---- figures -------------------------------------------------------------------------------------
+# ---- figures -------------------------------------------------------------------------
+def draw_grid(path, titles, columns, captions=()):
+    """Draw columns of images, (rows, 784) each; `captions` name the rows."""
+    images = torch.stack(columns, dim=1).reshape(-1, 1, 28, 28)  # row by row
+    grid = make_grid(images, nrow=len(columns), padding=2, pad_value=1)  # (3, H, W)
+    ax = figure.Figure(figsize=(1.3 * len(columns), 1.3 * len(columns[0]))).subplots()
+    ax.imshow(grid[0].cpu().numpy(), cmap="gray", vmin=0, vmax=1)
+    titles = [title.replace(" ", "\n") for title in titles]
+    ax.set_xticks([16 + 30 * i for i in range(len(titles))], titles)  # 28 + 2 pixels
+    ax.set_yticks([16 + 30 * i for i in range(len(captions))], captions)
+    ax.tick_params(length=0, labeltop=True, labelbottom=False)
+    ax.set_frame_on(False)
+    ax.figure.savefig(path, bbox_inches="tight")
+
+
 @torch.no_grad()
-def prepare_images(model, train_set, test_set):
-    """Each file's columns, title to images (8, 784) in [0, 1]; results.png as the homework asks."""
-    mixed, truth = test_set[:8]
-    reconstruction, digit, garment, *_ = model.eval()(mixed)
-    digit2, garment2 = separate(model, mixed, test_set.noise).unbind(dim=1)
-    new = model.decode(fixed_normal(8, 2, LATENT).to(mixed.device))
-    mixture, sources = train_set[:8]
-    return {"results.png": {"Reconstructed image": reconstruction, "Fashion image": garment,
-                            "Number image": digit, "Main image": mixed},
-            "separation.png": {"Mixture": mixed, "Digit decoded": digit, "Digit separated": digit2,
-                               "Digit truth": truth[:, 0], "Garment decoded": garment,
-                               "Garment separated": garment2, "Garment truth": truth[:, 1]},
-            "generated.png": {"Digit": new[:, 0], "Garment": new[:, 1], "Mixture": mix(new)},
-            "samples.png": {"Digit": sources[:, 0], "Garment": sources[:, 1], "Mixture": mixture}}
+def draw_figures(out, model, train_set, test_set):
+    """Draw test pairs, images from the prior, and training pairs with their classes."""
+    mixed, digit, garment = test_set[:8]
+    reconstruction, decoded1, decoded2, *_ = model.eval()(mixed)
+    titles = ["Reconstructed image", "Fashion image", "Number image", "Main image"]
+    draw_grid(out / "results.png", titles, [reconstruction, decoded2, decoded1, mixed])
+    separated1, separated2 = separate(model, mixed, test_set.noise)
+    columns = [mixed, decoded1, separated1, digit, decoded2, separated2, garment]
+    titles = ["Mixture", *["decoded", "separated", "true"] * 2]
+    draw_grid(out / "separation.png", titles, columns)
+    new1 = model.decoder1(torch.randn(8, LATENT, device=mixed.device))
+    new2 = model.decoder2(torch.randn(8, LATENT, device=mixed.device))
+    titles = ["Digit", "Garment", "Mixture"]
+    draw_grid(out / "generated.png", titles, [new1, new2, mix(new1, new2)])
+    mixed, digit, garment = train_set[:8]
+    labels = train_set.labels[:8].tolist()
+    captions = [f"{number}, {FashionMNIST.classes[kind]}" for number, kind in labels]
+    draw_grid(out / "samples.png", titles, [digit, garment, mixed], captions)
 
 
-def draw_columns(columns):
-    """A figure of columns, title to images (rows, 784), all on one grey scale."""
-    axes = Figure(figsize=(1.45 * len(columns), 12), layout="constrained").subplots(1, len(columns))
-    for ax, (title, images) in zip(axes, columns.items()):
-        ax.imshow(images.reshape(-1, 28).cpu().numpy(), cmap="gray", vmin=0, vmax=1)
-        ax.set(title=title.replace(" ", "\n"), xticks=[], yticks=[], frame_on=False)
-    return axes[0].figure
-
-
-def draw_losses(losses):
-    """A figure of the (training, validation) losses by epoch."""
-    ax = Figure(figsize=(7, 4.5), layout="constrained").subplots()
-    epochs = range(1, len(losses) + 1)
-    ax.plot(epochs, losses, ".-", label=["training (latents sampled)", "validation (latent means)"])
-    ax.axvline(min(epochs, key=lambda i: losses[i - 1][1]), c="grey", ls=":", label="best epoch")
-    ax.set(xlabel="epoch", ylabel="loss (nats per image)", xticks=epochs[::1 + len(losses) // 25])
+def draw_losses(path, train_losses, val_losses):
+    """Draw both losses by epoch."""
+    ax = figure.Figure(figsize=(7, 4.5)).subplots()
+    epochs = range(1, len(val_losses) + 1)
+    ax.plot(epochs, train_losses, ".-", label="training (latents sampled)")
+    ax.plot(epochs, val_losses, ".-", label="validation (latent means)")
+    ticks = epochs[:: 1 + len(epochs) // 25]
+    ax.set(xlabel="epoch", ylabel="loss (nats per image)", xticks=ticks)
     ax.legend()
-    return ax.figure
+    ax.figure.savefig(path, bbox_inches="tight")
 
 
-def save(path, write):
-    """Write a file by `write(buffer)`: completely or, where that fails, not at all."""
-    buffer = io.BytesIO()
-    write(buffer)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        part = pathlib.Path(folder, path.name)
-        part.write_bytes(buffer.getvalue())
-        part.replace(path)
-    print(f"written: {path}")
-
-
-# ---- command line --------------------------------------------------------------------------------
-def main(argv=None):
-    """Train, save, measure, draw. Returns 0, after Ctrl-C in training 130; wrong flags exit with 2.
-
-    Once the model is saved, older figures are removed. Raises OSError, FloatingPointError.
-    """
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                     description=__doc__.splitlines()[0])
-    fastest = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+# ---- command line --------------------------------------------------------------------
+def parse_arguments(argv):
+    """The flags; where one is wrong, the program ends with a line and status 2."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    devices = [accelerator.type, "cpu"] if accelerator else ["cpu"]
+    parser = ArgumentParser(formatter_class=ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--epochs", type=int, default=20, help="passes over the training pairs")
-    add("--device", choices=sorted({"auto", "cpu", fastest.type}), default="auto", help="auto: GPU")
-    add("--noise", type=float, default=0.0, help="standard deviation of noise on mixtures")
+    add("--device", choices=devices, default=devices[0], help="where to train")
+    add("--noise", type=float, default=0.0, help="standard deviation, on the mixtures")
     add("--supervised", action="store_true", help="let the loss see the sources too")
     add("--batch-size", type=int, default=384, help="mixtures per training step")
-    add("--lr", type=float, default=0.03, help="highest learning rate; decoder 2: half of it")
-    add("--seed", type=int, default=0, help="of all that is random in training")
-    add("--data", type=pathlib.Path, default="data", help="folder; what is missing is downloaded")
-    add("--out", type=pathlib.Path, default="results", help="folder for the model and the figures")
+    add("--lr", type=float, default=0.03, help="highest learning rate")
+    add("--seed", type=int, default=0, help="of all random numbers")
+    add("--data", type=Path, default="data", help="folder of both data sets")
+    add("--out", type=Path, default="results", help="folder of what is made")
     args = parser.parse_args(argv)
-    if not (args.epochs > 0 and 0 <= args.noise <= 1 and args.batch_size > 1 and 0 < args.lr <= 1):
-        parser.error("allowed: --epochs 1.., --batch-size 2.., --noise 0..1, --lr above 0 up to 1")
-    device = torch.device("cpu") if args.device == "cpu" else fastest
+    if args.epochs < 1 or args.batch_size < 2:
+        parser.error("--epochs must be 1 or more, --batch-size 2 or more")
+    if not (0 <= args.noise <= 1 and 0 < args.lr <= 1):
+        parser.error("--noise must be from 0 to 1, --lr above 0 and at most 1")
+    return args
+
+
+def main(argv=None):
+    """Train, save, measure, draw. Returns the exit status: 0, or 130 after Ctrl-C."""
+    args = parse_arguments(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=args.out).close()  # a folder that cannot be written fails now
-    socket.setdefaulttimeout(10)  # seconds, for a download that stalls
-    torch.set_float32_matmul_precision("medium")  # bf16 or TF32 products, where the device has them
+    new_model = args.out / "mixvae.pt.new"
+    new_model.touch()  # a folder that cannot be written is found out before training
+    new_model.unlink()
     torch.manual_seed(args.seed)
-    train_set, val_set, test_set = (MixMNIST(args.data, split, args.noise, device)
-                                    for split in ("train", "val", "test"))
+    torch.set_float32_matmul_precision("medium")  # bf16 or TF32, where the device can
+    train_set = MixMNIST(args.data, "train", args.noise, args.device)
+    val_set = MixMNIST(args.data, "val", args.noise, args.device)
+    test_set = MixMNIST(args.data, "test", args.noise, args.device)
+    # drop_last: batch norm cannot train on a last batch of one image.
     batch_size = min(args.batch_size, len(train_set))
-    train_data = DataLoader(train_set, batch_size, shuffle=True, drop_last=True, collate_fn=tuple)
-    # A generator of its own: validation must not shift the random numbers of training.
-    val_data = DataLoader(val_set, 500, collate_fn=tuple, generator=torch.Generator())
-    model = VAE().to(device)
-    # Two decoders that learn alike may each take up a bit of both sources, and some starts stay so.
-    # At half the rate, decoder 2 leaves the digits to decoder 1 (put_digit_first checks it).
-    faster = {"params": [*model.encoder.parameters(), *model.decoder1.parameters()]}
-    slower = {"params": model.decoder2.parameters(), "lr": args.lr / 2}
-    optimizer = torch.optim.Adam([faster, slower], args.lr, betas=(0.9, 0.95), fused=True)
-    print(f"mixvae: {device}, {sum(p.numel() for p in model.parameters()):,} parameters, "
-          f"{len(train_set):,} training, {len(val_set):,} validation and {len(test_set):,} test "
-          f"pairs, {'supervised' if args.supervised else 'blind'}, noise {args.noise}")
-    stop = threading.Event()
-    signal.signal(signal.SIGINT, lambda *_: stop.set())  # Ctrl-C: the epoch is the last
-    losses = train_model(model, train_data, VAELoss(args.supervised), optimizer, args.epochs,
-                         val_data, device, stop)
+    train_data = DataLoader(
+        train_set, batch_size, shuffle=True, drop_last=True, collate_fn=tuple
+    )
+    val_data = DataLoader(val_set, 500, collate_fn=tuple)
+    model = VAE().to(args.device)
+    # Two decoders of equal speed may each learn parts of both sources, on some seeds.
+    # With decoder 2 at half the rate, decoder 1 takes the digits, decoder 2 the rest.
+    fast = [*model.encoder.parameters(), *model.decoder1.parameters()]
+    adam = torch.optim.Adam(fast, args.lr, betas=(0.9, 0.95), fused=True)
+    adam.add_param_group({"params": model.decoder2.parameters(), "lr": args.lr / 2})
+    criterion = VAELoss(args.supervised)
+    train_losses, val_losses = train_model(
+        model, train_data, criterion, adam, args.epochs, val_data, args.device
+    )
     put_digit_first(model, val_set)
-    save(args.out / "mixvae.pt", lambda file: torch.save(model.state_dict(), file))
-    for name in "loss.png", "results.png", "separation.png", "generated.png", "samples.png":
-        (args.out / name).unlink(missing_ok=True)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on it ends at once
+    with new_model.open("wb") as file:
+        torch.save(model.state_dict(), file)
+    new_model.replace(args.out / "mixvae.pt")
     print_psnr(model, test_set)
-    save(args.out / "loss.png", draw_losses(losses).savefig)
-    for name, columns in prepare_images(model, train_set, test_set).items():
-        save(args.out / name, draw_columns(columns).savefig)
-    return 130 if stop.is_set() else 0
+    draw_losses(args.out / "loss.png", train_losses, val_losses)
+    draw_figures(args.out, model, train_set, test_set)
+    print("\nwritten to", ascii(args.out.as_posix()))
+    return 0 if len(val_losses) == args.epochs else 130
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # live, in any console
     try:
-        sys.exit(main())
+        raise SystemExit(main())
     except (OSError, FloatingPointError) as error:
-        sys.exit(f"mixvae: {error}")
+        raise SystemExit(f"mixvae: {error}") from error
     except KeyboardInterrupt:
-        sys.exit(130)
+        raise SystemExit(130) from None
