@@ -1,9 +1,9 @@
-"""A variational autoencoder that learns to separate mixtures from mixtures alone.
+"""A variational autoencoder that learns, from mixtures alone, to separate them.
 
 Each input is the average of one MNIST digit and one Fashion-MNIST garment. One encoder
 gives two Gaussian latents, two decoders give two images, and the loss looks only at
 their average (blind source separation). `python mixvae.py --epochs 20` takes 1.5
-minutes on two cores; test PSNR of each source: 26.05 dB (the mixture itself: 13.23).
+minutes on two cores; test PSNR, the same for both sources: 26.05 dB (mixture: 13.23).
 """
 
 import contextlib
@@ -42,8 +42,8 @@ def mix(image1, image2):
 class MixMNIST(Dataset):
     """Mixtures of digit i of MNIST and garment i of Fashion-MNIST.
 
-    An item is (mixed, digit, garment), (784,) each, or (B, 784) for B indices, in
-    [0, 1]; to `mixed`, each access adds Gaussian noise of standard deviation `noise`.
+    An item is (mixed, digit, garment), (784,) each, or (B, 784) for B indices, the
+    sources in [0, 1]; `mixed` has Gaussian noise of deviation `noise`, anew each time.
     `labels`, (N, 2): the classes of digit and garment. `split`: "train" (the first
     55,000 training pairs), "val" (the last 5,000), "test". Raises OSError without data.
     """
@@ -133,9 +133,9 @@ class VAE(nn.Module):
 
 # ---- loss ----------------------------------------------------------------------------
 def gaussian_nll(mse):
-    """Negative log-likelihood per image, 784/2 log(MSE) nats, below 0 where MSE < 1."""
-    # -log N(x; decoded, v) = 784/2 (MSE / v + log v) + constant is least at v = MSE (of
-    # a batch or an image): no weight to tune (sigma-VAE, arxiv.org/abs/2006.13202).
+    """Negative log-likelihood per image in nats, less a constant: 784/2 log(MSE)."""
+    # -log N(x; image, v) = 784/2 (MSE / v + log v) + constant. The best v is MSE (of a
+    # batch or an image), so no weight to tune (sigma-VAE, arxiv.org/abs/2006.13202).
     return PIXELS / 2 * mse.log()
 
 
@@ -154,7 +154,7 @@ class VAELoss(nn.Module):
     def forward(self, outputs, digit, garment):
         """The VAE's outputs and the true sources to scalars: total loss, nll, kl."""
         reconstruction, decoded1, decoded2, mean1, logvar1, mean2, logvar2 = outputs
-        # Blind: the sources only give the target, their clean mixture (denoising VAE).
+        # Blind: sources only give the target, their noiseless mixture (denoising VAE).
         nll = gaussian_nll(mse_loss(reconstruction, mix(digit, garment)))
         if self.supervised:
             nll = nll + gaussian_nll(mse_loss(decoded1, digit))
@@ -167,8 +167,8 @@ class VAELoss(nn.Module):
 def train_model(model, train_data, criterion, optimizer, epochs, val_data, device):
     """Train, then restore the weights of the epoch with the lowest validation loss.
 
-    The optimizer's rates are the peaks. Returns the training and the validation losses;
-    Ctrl-C ends both early, or raises in epoch 1. FloatingPointError: loss not finite.
+    The optimizer, new for each call, has the peak rates. Returns the training and the
+    validation losses. Raises KeyboardInterrupt (in epoch 1 only), FloatingPointError.
     """
     best_loss, best_state, new_state = math.inf, None, None  # 1. Initialisation
     train_losses, val_losses = [], []
@@ -201,7 +201,7 @@ def train_model(model, train_data, criterion, optimizer, epochs, val_data, devic
             print(f"{epoch:5}", *(f"{value:10.2f}" for value in row), flush=True)
             if not math.isfinite(train_loss + val_loss):
                 raise FloatingPointError("the loss is not finite: lower --lr")
-            # 6. Checkpoint; its last line sets all results at once, in case of Ctrl-C
+            # 6. Checkpoint; only its last line sets results: Ctrl-C cannot split them
             if val_loss < best_loss:
                 best_loss, new_state = val_loss, copy.deepcopy(model.state_dict())
             losses = [*train_losses, train_loss], [*val_losses, val_loss]
@@ -230,8 +230,8 @@ def separate(model, mixed, noise=0.0):
     """Estimate the sources: mixtures (B, 784) to digit, garment, (B, 784) in [0, 1].
 
     Ten steps of Adam on z1 and z2, from the encoder's means, minimise for each mixture
-    784/2 log(MSE) + (|z1|^2 + |z2|^2) / 2: a point estimate, with only this part of the
-    KL (after Kim et al. 2018, arxiv.org/abs/1802.02550). The rest, 2 mixed minus both
+    784/2 log(MSE) + (|z1|^2 + |z2|^2) / 2: a point estimate, without the KL's variances
+    (after Kim et al. 2018, arxiv.org/abs/1802.02550). The residual, 2 mixed minus both
     images, is split by variance: E[source_k | mixed] of Gaussians around decoded_k.
     """
     was_training = model.training
@@ -250,7 +250,7 @@ def separate(model, mixed, noise=0.0):
     decoded2 = model.decoder2(z2)
     model.train(was_training)
     # A pixel that is 1 with probability p, else 0, has variance p (1 - p). The squared
-    # error after the steps is 0.2 or 0.1 of it (on validation pairs). 1e-9: no 0 / 0.
+    # error left is 0.2 (digit) or 0.1 (garment) of it in validation. 1e-9: no 0 / 0.
     variance1 = 0.2 * decoded1 * (1 - decoded1) + 1e-9
     variance2 = 0.1 * decoded2 * (1 - decoded2) + 1e-9
     residual = 2 * mixed - decoded1 - decoded2
@@ -363,7 +363,7 @@ def main(argv=None):
     train_set = MixMNIST(args.data, "train", args.noise, args.device)
     val_set = MixMNIST(args.data, "val", args.noise, args.device)
     test_set = MixMNIST(args.data, "test", args.noise, args.device)
-    # tuple: __getitems__ made the batch. drop_last: batch norm cannot train on 1 image.
+    # collate_fn: it is a batch already. drop_last: batch norm cannot train on 1 image.
     batch_size = min(args.batch_size, len(train_set))
     train_data = DataLoader(
         train_set, batch_size, shuffle=True, drop_last=True, collate_fn=tuple
@@ -371,7 +371,7 @@ def main(argv=None):
     val_data = DataLoader(val_set, 500, collate_fn=tuple)
     model = VAE().to(args.device)
     # At equal rates, after one epoch, both decoders drew parts of both sources on 11 of
-    # 30 seeds; with decoder 2 at half the rate on none: it leaves decoder 1 the digits.
+    # 30 seeds; with decoder 2 at half the rate, on none: decoder 1 took the digits.
     fast = [*model.encoder.parameters(), *model.decoder1.parameters()]
     adam = torch.optim.Adam(fast, args.lr, betas=(0.9, 0.95), fused=True)
     adam.add_param_group({"params": model.decoder2.parameters(), "lr": args.lr / 2})
