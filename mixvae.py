@@ -250,11 +250,11 @@ def separate(model, mixed, noise=0.0):
     decoded2 = model.decoder2(z2)
     model.train(was_training)
     # A pixel that is 1 with probability p, else 0, has variance p (1 - p). The squared
-    # error left is 0.2 (digit) or 0.1 (garment) of it in validation. 1e-9: no 0 / 0.
-    variance1 = 0.2 * decoded1 * (1 - decoded1) + 1e-9
-    variance2 = 0.1 * decoded2 * (1 - decoded2) + 1e-9
-    residual = 2 * mixed - decoded1 - decoded2
-    total = variance1 + variance2 + 4 * noise**2  # the noise in 2 mixed is 2 noise
+    # errors left on validation pairs are 0.2 (digits) and 0.1 (garments) of it.
+    variance1 = 0.2 * decoded1 * (1 - decoded1)
+    variance2 = 0.1 * decoded2 * (1 - decoded2)
+    residual = 2 * mixed - decoded1 - decoded2  # with twice the noise of `mixed`
+    total = variance1 + variance2 + 4 * noise**2 + 1e-9  # of residual; never 0
     digit = decoded1 + residual * variance1 / total
     garment = decoded2 + residual * variance2 / total
     if not noise:  # digit + garment = 2 mixed, both in [0, 1], which bounds the digit
