@@ -221,7 +221,7 @@ def test_table(child, model):
     estimates = [mixed, mixed, *model(mixed)[1:3], *separate(model, mixed, 0.03)]
     expected = [psnr(*pair) for pair in zip(estimates, 3 * truth)]
     values = [float(x) for x in child.stdout.split("PSNR")[1].split() if "." in x]
-    assert values == pytest.approx(expected, abs=0.2)
+    assert values == pytest.approx(expected, abs=0.1)  # draws deviate by 0.01 dB
 
 
 # ---- figures -------------------------------------------------------------------------
