@@ -20,8 +20,8 @@ BATCH = torch.rand(3, 4, 784)  # mixed, digit, garment
 
 
 def write_stand_in(root, n_train=60_000, n_test=10_000):
-    """Write grey boxes, white frames and, as labels, top rows; all in MNIST's format"""
-    for dataset, size, grey, hole in ("MNIST", 8, 170, 0), ("FashionMNIST", 12, 250, 6):
+    """Write white frames, grey boxes and, as labels, top rows; all in MNIST's format"""
+    for dataset, size, grey, hole in ("MNIST", 12, 250, 6), ("FashionMNIST", 8, 170, 0):
         folder = Path(root, dataset, "raw")
         folder.mkdir(parents=True, exist_ok=True)
         for part, n in (("train", n_train), ("t10k", n_test)):
