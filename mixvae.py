@@ -374,8 +374,8 @@ def main(argv=None):
     )
     val_data = DataLoader(val_set, 500, collate_fn=tuple)
     model = VAE()
-    # With equal rates, each decoder drew parts of both sources on 12 of 30 seeds; with
-    # half the rate for one, on none (judged by true sources of validation pairs).
+    # With equal rates, each decoder drew parts of both sources on 12 of 30 seeds (after
+    # one epoch, by true sources of validation pairs); with half the rate for one, none.
     fast = [*model.encoder.parameters(), *model.decoder1.parameters()]
     slow = [*model.decoder2.parameters()]
     groups = [{"params": fast, "lr": args.lr}, {"params": slow, "lr": args.lr / 2}]
