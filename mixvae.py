@@ -2,7 +2,7 @@
 
 Each input is the average of one MNIST digit and one Fashion-MNIST garment. One encoder
 gives two Gaussian latents, two decoders give two images; the loss looks at the mixture
-alone (unless --supervised). `python mixvae.py --epochs 20`: 26 dB PSNR (README.md).
+alone (unless --supervised). `python mixvae.py --epochs 20` separates with 26 dB PSNR.
 """
 
 import copy
@@ -18,7 +18,7 @@ from torchvision.datasets import MNIST, FashionMNIST
 from torchvision.utils import make_grid
 
 LATENT = 32
-SIGMA = 0.1  # standard deviation of a pixel around its reconstruction
+SIGMA = 0.1  # assumed standard deviation of a pixel around its reconstruction
 
 
 # ---- data ----------------------------------------------------------------------------
@@ -30,17 +30,17 @@ def mix(image1, image2):
 class MixMNIST(Dataset):
     """Mixtures of digit i of MNIST and garment i of Fashion-MNIST.
 
-    An int, a slice or a list of ints as index gives mixed, digit, garment: (784,) or
-    (B, 784) each, in [0, 1]. Gaussian noise of standard deviation `noise` is added to
-    `mixed`, anew each time and not clamped. `labels`, (N, 2): the classes. `split`:
-    "train", "val" (last 5,000 training pairs) or "test". Raises OSError without data.
+    An int gives mixed, digit, garment, (784,) each; a slice or a list of ints gives a
+    batch, (B, 784) each. Pixels are in [0, 1], before `mixed` gets Gaussian noise with
+    standard deviation `noise`. `labels`, (N, 2): the classes. `split`: "train", "val"
+    (the last 5,000 training pairs) or "test". Raises OSError without data.
     """
 
     def __init__(self, root="data", split="train", noise=0.0, device="cpu"):
         try:
             mnist = MNIST(root, train=split != "test", download=True)
             fashion = FashionMNIST(root, train=split != "test", download=True)
-        except Exception as error:  # of many kinds: no network, a damaged file, ...
+        except Exception as error:  # no network, a damaged file, ...
             raise OSError(f"no data in {root} (see README.md): {error!r}") from error
         cut = {"train": slice(0, -5000), "val": slice(-5000, None), "test": slice(None)}
         part = cut[split]
@@ -77,8 +77,7 @@ class Encoder(nn.Module):
         self.head = nn.Linear(256, 4 * LATENT)
 
     def forward(self, mixed):
-        mean1, logvar1, mean2, logvar2 = self.head(self.body(mixed)).chunk(4, dim=1)
-        return mean1, logvar1, mean2, logvar2
+        return self.head(self.body(mixed)).chunk(4, dim=1)
 
 
 class Decoder(nn.Module):
@@ -107,8 +106,8 @@ class VAE(nn.Module):
         self.encoder = Encoder()
         self.decoder1 = Decoder()
         self.decoder2 = Decoder()
-        # Decoder 1 starts darker (sigmoid(-1) = 0.27, not 0.5) and so takes the digits,
-        # which are mostly black: measured on many seeds (README.md), not proven.
+        # Decoder 1 starts darker, sigmoid(-1) = 0.27 instead of 0.5, and so takes the
+        # digits, which are mostly black: measured (README.md), not proven.
         nn.init.constant_(self.decoder1.head.bias, -1)
 
     def forward(self, mixed):
@@ -125,8 +124,8 @@ class VAE(nn.Module):
 def reconstruction_loss(image, target, noise=0.0):
     """Squared error over twice the variance, (B, 784) to (B,), in nats.
 
-    It is -log N(target; image, (SIGMA² + noise²) I) without its constant, which depends
-    on `noise`, the standard deviation of the noise in `target`.
+    It is -log N(target; image, variance I) without its constant, which `noise` changes:
+    the standard deviation of the noise in `target`.
     """
     variance = SIGMA**2 + noise**2
     squared_error = nn.functional.mse_loss(image, target, reduction="none").sum(dim=1)
@@ -134,14 +133,14 @@ def reconstruction_loss(image, target, noise=0.0):
 
 
 def kl_divergence(mean, logvar):
-    """KL(N(mean, var) || N(0, I)) in nats, (B, 32) to (B,): Kingma & Welling, app. B"""
+    """KL(N(mean, var) || N(0, I)) in nats, (B, 32) to (B,). Kingma & Welling, app. B"""
     return -0.5 * (1 + logvar - mean.square() - logvar.exp()).sum(dim=1)
 
 
 class VAELoss(nn.Module):
-    """Reconstruction loss + KL divergence: the negative ELBO, if latents are sampled.
+    """Reconstruction loss + KL divergence, in training the negative ELBO + a constant.
 
-    Digit and garment are used only if `supervised`. `noise`: that of MixMNIST.
+    Digit and garment are used only if `supervised`. `noise`: as in MixMNIST.
     """
 
     def __init__(self, noise=0.0, supervised=False):
@@ -164,14 +163,14 @@ class VAELoss(nn.Module):
 def train_model(model, train_data, criterion, optimizer, epochs, val_data, device):
     """Train, then restore the weights of the epoch with the lowest validation loss.
 
-    Both data: batches (mixed, digit, garment). Returns two lists, training and
-    validation loss of each epoch in nats. Raises FloatingPointError if not finite.
+    Both data: batches (mixed, digit, garment). Returns two lists, the training and the
+    validation losses by epoch, in nats. Raises FloatingPointError if one is not finite.
     """
     model.to(device).train()  # 1. Model initialization
     min_loss, best_state = math.inf, copy.deepcopy(model.state_dict())
     train_losses, val_losses = [], []
-    # The learning rate rises to the optimizer's for 75 % of the steps, then falls
-    # almost to 0 (one cycle: Smith & Topin 2019, arxiv.org/abs/1708.07120).
+    # The learning rate rises to its peak for 75 % of the steps, then falls almost to 0
+    # (one cycle: Smith & Topin 2019, arxiv.org/abs/1708.07120).
     peaks = [group["lr"] for group in optimizer.param_groups]
     steps = epochs * len(train_data)
     schedule = optim.lr_scheduler.OneCycleLR(
@@ -199,12 +198,12 @@ def train_model(model, train_data, criterion, optimizer, epochs, val_data, devic
                 val_kl += kl.item() / len(val_data)
         train_losses.append(train_loss)  # 5. Epoch summary
         val_losses.append(val_loss)
-        losses = [train_loss, val_loss, val_recon_loss, val_kl]
-        print(f"{epoch:5}", *[f"{loss:10.2f}" for loss in losses], flush=True)
+        row = [train_loss, val_loss, val_recon_loss, val_kl]
+        print(f"{epoch:5}", *[f"{value:10.2f}" for value in row], flush=True)
         if not math.isfinite(train_loss + val_loss):
             raise FloatingPointError("the loss is not finite: lower --lr")
-        # Validation decodes the means, not samples: its loss is not the negative ELBO.
-        if val_loss < min_loss:  # 6. Model checkpoint
+        # 6. Model checkpoint. Validation decodes the means, so its loss is no ELBO.
+        if val_loss < min_loss:
             min_loss, best_state = val_loss, copy.deepcopy(model.state_dict())
     model.load_state_dict(best_state)
     return train_losses, val_losses
@@ -212,22 +211,22 @@ def train_model(model, train_data, criterion, optimizer, epochs, val_data, devic
 
 # ---- separation: beyond the assignment -----------------------------------------------
 def refine(model, mixed, noise):
-    """The weights stay fixed; only z1 and z2, (B, 32), are optimized and returned.
+    """The weights stay fixed; only z1 and z2, (B, 32) each, are optimized and returned.
 
-    They approach the most probable latents of `mixed`, (B, 784), in evaluation mode,
-    which is set. In the spirit of Kim et al. 2018, arxiv.org/abs/1802.02550.
+    They approach the most probable latents of `mixed`, (B, 784). Sets evaluation mode.
+    In the spirit of Kim et al. 2018, arxiv.org/abs/1802.02550.
     """
     model.eval()
     with torch.no_grad():
         mean1, _, mean2, _ = model.encoder(mixed)
     z1 = mean1.clone().requires_grad_()
     z2 = mean2.clone().requires_grad_()
-    optimizer = optim.Adam([z1, z2], lr=0.2, betas=(0.7, 0.9))  # short memory: 10 steps
-    with torch.enable_grad():  # callers turn gradients off
+    optimizer = optim.Adam([z1, z2], lr=0.2, betas=(0.7, 0.9))  # betas for few steps
+    with torch.enable_grad():  # `separate` turns gradients off
         for _ in range(10):
             reconstruction = mix(model.decoder1(z1), model.decoder2(z2))
             recon_loss = reconstruction_loss(reconstruction, mixed, noise)
-            prior_loss = (z1.square() + z2.square()).sum(dim=1) / 2  # -log p(z1, z2)
+            prior_loss = (z1.square() + z2.square()).sum(dim=1) / 2  # -log N(z; 0, I)
             optimizer.zero_grad()
             (recon_loss + prior_loss).sum().backward(inputs=[z1, z2])  # not the weights
             optimizer.step()
@@ -235,21 +234,20 @@ def refine(model, mixed, noise):
 
 
 def share_residual(mixed, decoded1, decoded2, noise):
-    """Divide the residual 2 mixed - decoded1 - decoded2 in proportion to variances.
-
-    Gives two images in [0, 1]: conditional means of independent Gaussian sources.
-    """
-    # Factors chosen on validation pairs; s (1 - s) is largest at 0.5, none at 0 and 1.
+    """Divide the residual in proportion to variances; two images (B, 784) in [0, 1]."""
+    residual = 2 * mixed - decoded1 - decoded2
+    # The conditional mean of independent Gaussian sources. Black and white are certain,
+    # 0.5 is the least certain. The factors were chosen on validation pairs.
     variance1 = 0.3 * decoded1 * (1 - decoded1)
     variance2 = 0.1 * decoded2 * (1 - decoded2)
-    residual = 2 * mixed - decoded1 - decoded2  # has twice the noise of `mixed`
     total = variance1 + variance2 + (2 * noise) ** 2 + 1e-9  # 1e-9 avoids 0 / 0
     separated1 = (decoded1 + residual * variance1 / total).clamp(0, 1)
+    separated2 = (decoded2 + residual * variance2 / total).clamp(0, 1)
     if noise > 0:
-        return separated1, (decoded2 + residual * variance2 / total).clamp(0, 1)
+        return separated1, separated2
     # Restore source1 + source2 = 2 mixed after clamping; both stay in [0, 1].
-    separated2 = (2 * mixed - separated1).clamp(0, 1)
-    return 2 * mixed - separated2, separated2
+    rest = (2 * mixed - separated1).clamp(0, 1)
+    return 2 * mixed - rest, rest
 
 
 @torch.no_grad()
@@ -270,12 +268,12 @@ def print_psnr(model, test_set):
     model.eval()
     mixed, digit, garment = test_set[:]
     _, decoded1, decoded2, *_ = model(mixed)
-    parts1, parts2 = [], []
-    for part in mixed.split(500):  # 500 at a time, to save memory
-        part1, part2 = separate(model, part, test_set.noise)
-        parts1.append(part1)
-        parts2.append(part2)
-    separated1, separated2 = torch.cat(parts1), torch.cat(parts2)
+    digits, garments = [], []
+    for batch in mixed.split(500):  # 500 at a time, to save memory
+        separated1, separated2 = separate(model, batch, test_set.noise)
+        digits.append(separated1)
+        garments.append(separated2)
+    separated1, separated2 = torch.cat(digits), torch.cat(garments)
     print(f"\nPSNR in dB, {len(test_set):,} test pairs: digit, garment")
     print(f"mixture   {psnr(mixed, digit):8.2f} {psnr(mixed, garment):8.2f}")
     print(f"decoded   {psnr(decoded1, digit):8.2f} {psnr(decoded2, garment):8.2f}")
@@ -287,14 +285,13 @@ def draw_grid(path, titles, columns, captions=()):
     """Draw columns of images, (rows, 784) each; `captions` name the rows."""
     rows = torch.stack(columns, dim=1)  # (rows, columns, 784)
     grid = make_grid(rows.view(-1, 1, 28, 28), nrow=len(columns), pad_value=1)
-    ax = Figure(figsize=(1.3 * len(columns), 1.3 * len(rows))).add_subplot(
-        frameon=False
-    )
-    ax.imshow(grid[0].cpu(), cmap="gray", vmin=0, vmax=1)
-    ax.set_xticks(range(16, 30 * len(titles), 30), titles)  # 30: an image and padding
+    figure = Figure(figsize=(1.3 * len(columns), 1.3 * len(rows)))
+    ax = figure.add_subplot(frameon=False)
+    ax.imshow(grid[0].cpu().numpy(), cmap="gray", vmin=0, vmax=1)
+    ax.set_xticks(range(16, 30 * len(titles), 30), titles)  # 28 pixels, 2 of padding
     ax.set_yticks(range(16, 30 * len(captions), 30), captions)
     ax.tick_params(length=0, labeltop=True, labelbottom=False)
-    ax.figure.savefig(path, bbox_inches="tight")
+    figure.savefig(path, bbox_inches="tight")
 
 
 def draw_samples(path, train_set):
@@ -354,7 +351,7 @@ def parse_arguments(argv):
     add("--data", type=Path, default="data", help="folder of the data sets")
     add("--out", type=Path, default="results", help="folder for model and figures")
     args = parser.parse_args(argv)
-    # Batch norm needs two mixtures; 55,000 are all training pairs in one batch.
+    # Batch norm needs two mixtures; there are 55,000 training pairs for one full batch.
     if args.epochs < 1 or not 2 <= args.batch_size <= 55_000:
         parser.error("--epochs must be 1 or more, --batch-size from 2 to 55000")
     if not (0 <= args.noise <= 1 and 0 < args.lr <= 1):
@@ -366,14 +363,14 @@ def main(argv=None):
     """Train, save, measure and draw; `argv` replaces the command line's flags."""
     args = parse_arguments(argv)
     torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("medium")  # less precise, faster on some chips
+    torch.set_float32_matmul_precision("medium")  # less precise, can be faster
     train_set = MixMNIST(args.data, "train", args.noise, args.device)
     val_set = MixMNIST(args.data, "val", args.noise, args.device)
     test_set = MixMNIST(args.data, "test", args.noise, args.device)
     args.out.mkdir(parents=True, exist_ok=True)
     draw_samples(args.out / "samples.png", train_set)
-    # The sampler gives a batch's list of indices, which MixMNIST takes as it is;
-    # batch_size=None: nothing is left to collate. len(train_data) counts batches.
+    # Each item of the sampler is a list of indices, which MixMNIST takes as it is, a
+    # whole batch at once (so batch_size=None). len(train_data) counts batches.
     sampler = BatchSampler(RandomSampler(train_set), args.batch_size, drop_last=True)
     train_data = DataLoader(train_set, sampler=sampler, batch_size=None)
     val_data = [val_set[:]]  # one batch, with the same noise in every epoch
@@ -383,8 +380,8 @@ def main(argv=None):
     train_losses, val_losses = train_model(
         model, train_data, criterion, optimizer, args.epochs, val_data, args.device
     )
-    torch.save(model.state_dict(), args.out / "new.pt")  # a failure keeps the old one
-    (args.out / "new.pt").replace(args.out / "mixvae.pt")
+    torch.save(model.state_dict(), args.out / "new.pt")  # if this fails, the old
+    (args.out / "new.pt").replace(args.out / "mixvae.pt")  # model is still there
     print_psnr(model, test_set)
     draw_losses(args.out / "loss.png", train_losses, val_losses)
     draw_results(args.out, model, test_set)
