@@ -18,7 +18,7 @@ from torchvision.datasets import MNIST, FashionMNIST
 from torchvision.utils import make_grid
 
 LATENT = 32
-SIGMA = 0.1  # assumed standard deviation of a pixel around its reconstruction
+SIGMA = 0.1  # standard deviation of a mixture's (if supervised, a source's) pixel
 
 
 # ---- data ----------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def refine(model, mixed, noise):
         for _ in range(10):
             reconstruction = mix(model.decoder1(z1), model.decoder2(z2))
             recon_loss = reconstruction_loss(reconstruction, mixed, noise)
-            prior_loss = (z1.square() + z2.square()).sum(dim=1) / 2  # -log N(z; 0, I)
+            prior_loss = (z1.square() + z2.square()).sum(dim=1) / 2  # -log p(z) + const
             optimizer.zero_grad()
             (recon_loss + prior_loss).sum().backward(inputs=[z1, z2])  # not the weights
             optimizer.step()
