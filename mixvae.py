@@ -124,8 +124,8 @@ class VAE(nn.Module):
 def reconstruction_loss(image, target, noise=0.0):
     """Squared error over twice the variance, (B, 784) to (B,), in nats.
 
-    It is -log N(target; image, variance I) without its constant, which `noise` changes:
-    the standard deviation of the noise in `target`.
+    It is -log N(target; image, variance I) without its constant. `noise`, the standard
+    deviation of the noise in `target`, changes that constant.
     """
     variance = SIGMA**2 + noise**2
     squared_error = nn.functional.mse_loss(image, target, reduction="none").sum(dim=1)
@@ -283,9 +283,9 @@ def print_psnr(model, test_set):
 # ---- figures -------------------------------------------------------------------------
 def draw_grid(path, titles, columns, captions=()):
     """Draw columns of images, (rows, 784) each; `captions` name the rows."""
-    rows = torch.stack(columns, dim=1)  # (rows, columns, 784)
-    grid = make_grid(rows.view(-1, 1, 28, 28), nrow=len(columns), pad_value=1)
-    figure = Figure(figsize=(1.3 * len(columns), 1.3 * len(rows)))
+    images = torch.stack(columns, dim=1)  # (rows, columns, 784)
+    grid = make_grid(images.view(-1, 1, 28, 28), nrow=len(columns), pad_value=1)
+    figure = Figure(figsize=(1.3 * len(columns), 1.3 * len(images)))
     ax = figure.add_subplot(frameon=False)
     ax.imshow(grid[0].cpu().numpy(), cmap="gray", vmin=0, vmax=1)
     ax.set_xticks(range(16, 30 * len(titles), 30), titles)  # 28 pixels, 2 of padding
@@ -351,7 +351,7 @@ def parse_arguments(argv):
     add("--data", type=Path, default="data", help="folder of the data sets")
     add("--out", type=Path, default="results", help="folder for model and figures")
     args = parser.parse_args(argv)
-    # Batch norm needs two mixtures; there are 55,000 training pairs for one full batch.
+    # Batch norm needs 2 mixtures or more; a batch cannot exceed the 55,000 pairs.
     if args.epochs < 1 or not 2 <= args.batch_size <= 55_000:
         parser.error("--epochs must be 1 or more, --batch-size from 2 to 55000")
     if not (0 <= args.noise <= 1 and 0 < args.lr <= 1):
@@ -369,8 +369,8 @@ def main(argv=None):
     test_set = MixMNIST(args.data, "test", args.noise, args.device)
     args.out.mkdir(parents=True, exist_ok=True)
     draw_samples(args.out / "samples.png", train_set)
-    # Each item of the sampler is a list of indices, which MixMNIST takes as it is, a
-    # whole batch at once (so batch_size=None). len(train_data) counts batches.
+    # The sampler gives a list of indices for each batch; MixMNIST takes it as it is, so
+    # batch_size=None. len(train_data) counts batches.
     sampler = BatchSampler(RandomSampler(train_set), args.batch_size, drop_last=True)
     train_data = DataLoader(train_set, sampler=sampler, batch_size=None)
     val_data = [val_set[:]]  # one batch, with the same noise in every epoch
@@ -380,8 +380,9 @@ def main(argv=None):
     train_losses, val_losses = train_model(
         model, train_data, criterion, optimizer, args.epochs, val_data, args.device
     )
-    torch.save(model.state_dict(), args.out / "new.pt")  # if this fails, the old
-    (args.out / "new.pt").replace(args.out / "mixvae.pt")  # model is still there
+    # By way of new.pt, so that a save that fails leaves the old mixvae.pt.
+    torch.save(model.state_dict(), args.out / "new.pt")
+    (args.out / "new.pt").replace(args.out / "mixvae.pt")
     print_psnr(model, test_set)
     draw_losses(args.out / "loss.png", train_losses, val_losses)
     draw_results(args.out, model, test_set)

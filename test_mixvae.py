@@ -1,4 +1,4 @@
-"""Tests of mixvae.py with drawn images, which `python test_mixvae.py DIR` writes."""
+"""Tests of mixvae.py on drawn images; `python test_mixvae.py DIR` writes a full set."""
 
 import struct
 import subprocess
@@ -24,7 +24,7 @@ def write_images(folder, part, n, height, width, grey):
     folder.mkdir(parents=True, exist_ok=True)
     images = torch.zeros(n, 28, 28, dtype=torch.uint8)
     for image in images:
-        top, left = torch.randint(28 - height, (2,)).tolist()
+        top, left = torch.randint(10, (2,)).tolist()
         image[top : top + height, left : left + width] = grey
     data = struct.pack(">4I", 2051, n, 28, 28) + bytes(images.numpy())
     (folder / f"{part}-images-idx3-ubyte").write_bytes(data)
@@ -65,14 +65,14 @@ def test_pairs_and_labels_are_those_of_torchvision(split):
         assert_close(pairs.labels[:, k], original.targets[part])
 
 
-def test_noise_and_psnr():
+def test_noise_is_in_the_mixture_alone_and_drawn_anew():
     pairs = MixMNIST("stand-in", noise=0.1)
     mixed, digit, garment = pairs[:]
-    assert psnr(mixed, (digit + garment) / 2) == pytest.approx(20, abs=0.02)
+    assert psnr(mixed, (digit + garment) / 2) == pytest.approx(20, abs=0.02)  # dB
     assert mixed.min() < -0.3  # not clamped
     assert not torch.equal(mixed, pairs[:][0])  # drawn anew
-    assert_close(pairs[4][1:], (digit[4], garment[4]))  # the sources have no noise
-    assert_close(pairs[[4, 5]][1:], pairs[4:6][1:])
+    assert_close(pairs[4][1:], (digit[4], garment[4]))  # one pair
+    assert_close(pairs[[4, 5]][1:], pairs[4:6][1:])  # two pairs
 
 
 def test_model_decodes_means_or_samples():
@@ -86,11 +86,11 @@ def test_model_decodes_means_or_samples():
     assert all((a != b).any() for a, b in zip(sampled, sampled_again))
 
 
-def test_reparameterize():
-    latents = torch.full((2, 99_999), 2.0, requires_grad=True)  # mean, log-variance
-    sample = mixvae.reparameterize(*latents)
-    assert torch.var_mean(sample.detach()) == pytest.approx((7.39, 2), abs=0.1)  # e², 2
-    assert torch.autograd.grad(sample.sum(), latents)[0].all()
+def test_reparameterize_samples_and_passes_gradients():
+    latents = torch.full((2, 99_999), 2.0, requires_grad=True)
+    sample = mixvae.reparameterize(latents[0] + 1, latents[1])  # mean 3, logvar 2
+    assert torch.var_mean(sample.detach()) == pytest.approx((7.39, 3), abs=0.2)  # e², 3
+    assert torch.autograd.grad(sample.sum(), latents)[0].any(dim=1).all()
 
 
 def test_loss_is_reconstruction_plus_kl():
@@ -98,12 +98,12 @@ def test_loss_is_reconstruction_plus_kl():
     posterior = Normal(latents[[0, 2]], (latents[[1, 3]] / 2).exp())
     kl = kl_divergence(posterior, Normal(0, 1)).sum().item() / 9
     black = torch.zeros(9, 784)
-    outputs = black, black + 0.2, black + 0.6, *latents
-    mixed, digit, garment = black + 0.1, black + 0.4, black + 0.9
+    outputs = black, black + 0.2, black + 0.5, *latents
+    mixed, digit, garment = black + 0.1, black + 0.4, black + 0.8
     losses = VAELoss()(outputs, mixed, None, None)  # blind: no sources
-    assert losses == pytest.approx((392 + kl, 392, kl))  # 784 pixels · 0.5
+    assert losses == pytest.approx((392 + kl, 392, kl))  # 784 · 0.1² / (2 · 0.1²)
     losses = VAELoss(noise=0.1, supervised=True)(outputs, mixed, digit, garment)
-    assert losses == pytest.approx((392 * 13.5 + kl, 392 * 13.5, kl))  # 0.5 + 4 + 9
+    assert losses == pytest.approx((392 * 13.5 + kl, 392 * 13.5, kl))  # ½ + 2² + 3²
 
 
 def test_train_model_moves_all_to_the_device():
@@ -114,68 +114,68 @@ def test_train_model_moves_all_to_the_device():
     assert all(tensor.is_meta for call in criterion.mock_calls for tensor in call.args)
 
 
-def test_train_model():
-    def criterion(weight, *_):  # training has one mixture in a batch, validation two
-        assert model.training == weight.requires_grad == (len(weight) == 1)
-        return 3 * [-weight.sum() if model.training else (weight - 9).abs().mean()]
+def test_train_model_cycles_the_rate_and_keeps_the_best_epoch():
+    def criterion(weight, *_):
+        assert weight.requires_grad == model.training
+        return 3 * [-weight.sum() if model.training else (weight - 9).abs().sum()]
 
     model = torch.nn.Linear(1, 1, bias=False)
     sgd = torch.optim.SGD(model.parameters(), lr=1.0)  # adds the rate to the weight
-    data, val_data = 2 * [torch.ones(3, 1, 1)], 3 * [torch.ones(3, 2, 1)]
-    losses, val_losses = train_model(model, data, criterion, sgd, 20, val_data, "cpu")
-    rates = -torch.tensor(losses).diff() / 2  # by epoch, of two steps each
-    assert rates[[0, 14, 18]].tolist() == pytest.approx([0.05, 1, 0.1], abs=0.05)
+    data = [torch.ones(3, 1, 1)]
+    losses, val_losses = train_model(model, data, criterion, sgd, 20, 3 * data, "cpu")
+    rates = -torch.tensor(losses).diff()  # the peak is the 15th of 20: 75 %
+    assert rates[[0, 14, 18]].tolist() == pytest.approx([0.04, 1, 0.1], abs=0.01)
     assert abs(9 - model.weight.item()) == pytest.approx(min(val_losses))
 
 
-def test_share_residual():
+def test_share_residual_by_variance_within_0_and_1():
     mixed = torch.tensor([0.7, 0.9, 0.9, 0.0])
     decoded1, decoded2 = torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.5, 0.5, 0.5, 0.0]])
     digit, garment = mixvae.share_residual(mixed, decoded1, decoded2, noise=0)
     assert_close(digit, torch.tensor([0.8, 1.0, 0.8, 0.0]))  # 0.4 is shared 3 : 1
-    assert_close(garment, torch.tensor([0.6, 0.8, 1.0, 0.0]))  # the sum is 2 mixed
-    digit, garment = mixvae.share_residual(mixed, decoded1, decoded2, 0.025**0.5)
+    assert_close(digit + garment, 2 * mixed)
+    digit, garment = mixvae.share_residual(mixed, decoded1, decoded2, 0.1**0.5 / 2)
     assert (digit[0], garment[0]) == pytest.approx((0.65, 0.55))  # half is noise
 
 
-def test_refine():
+def test_refine_fits_each_image_and_obeys_the_prior():
     model, mixed = VAE().eval(), torch.rand(9, 784)
     reconstruction, _, _, mean1, _, mean2, _ = model(mixed)
     z1, z2 = mixvae.refine(model, mixed, noise=0)
     refined = (model.decoder1(z1) + model.decoder2(z2)) / 2
     assert ((refined - mixed).norm(dim=1) < (reconstruction - mixed).norm(dim=1)).all()
-    assert_close(mixvae.refine(model, mixed[7:8], 0)[0], z1[7:8], atol=0.01, rtol=0)
+    assert_close(mixvae.refine(model, mixed[8:], 0)[0], z1[8:], atol=0.01, rtol=0)
     for z, mean in zip(mixvae.refine(model, mixed, noise=1e6), (mean1, mean2)):
-        assert (z.norm(dim=1) < mean.norm(dim=1)).all()  # only the prior is left
+        assert (z.norm(dim=1) < 0.8 * mean.norm(dim=1)).all()  # only the prior is left
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.3])
 def test_separate_improves_and_leaves_weights_alone(noise):
-    model, weights = VAE().eval(), torch.load("results/mixvae.pt")
+    model, weights = VAE(), torch.load("results/mixvae.pt")
     model.load_state_dict(weights)
     mixed, *sources = MixMNIST("stand-in", "test", noise)[:]
     with torch.no_grad():
-        separated = separate(model.train(), mixed, noise)
+        separated = separate(model, mixed, noise)
     for image, better_image, source in zip(model(mixed)[1:3], separated, sources):
         assert psnr(better_image, source) > psnr(image, source) + 0.5
     assert_close(model.state_dict(), weights)
     assert {parameter.grad for parameter in model.parameters()} == {None}
 
 
-def test_figures(monkeypatch):
-    monkeypatch.setattr(torch, "randperm", lambda n: torch.arange(n).flip(0))
+def test_figures_show_the_named_columns(monkeypatch):
+    monkeypatch.setattr(torch, "randperm", lambda n: torch.arange(n - 8, n))
     monkeypatch.setattr(mixvae, "draw_grid", spy := Mock())
     model, pairs = VAE(), MixMNIST("stand-in", "test")
-    pairs.labels[-1] = torch.tensor([3, 8])
+    pairs.labels[-8:] = torch.tensor([3, 8])
     mixvae.draw_samples("samples.png", pairs)
     mixvae.draw_results(Path(), model, pairs)
-    samples, results, separation, generated = [call.args for call in spy.mock_calls]
-    assert samples[3][0] == "3, Bag"
-    assert_close(samples[2], [pairs[-8:][k].flip(0) for k in (1, 2, 0)])
-    reconstruction, decoded1, decoded2, *_ = model(pairs[:8][0])
+    samples, results, _, generated = [call.args for call in spy.mock_calls]
+    mixed, digit, garment = pairs[-8:]
+    assert_close(samples[2], [digit, garment, mixed])
+    assert samples[3] == 8 * ["3, Bag"]
+    reconstruction, decoded1, decoded2, *_ = model(mixed := pairs[:8][0])
     assert results[1][1:] == ["Fashion\nimage", "Number\nimage", "Main\nimage"]
-    assert_close(results[2], [reconstruction, decoded2, decoded1, pairs[:8][0]])
-    assert_close(separation[2][2::3], [*separate(model, pairs[:8][0])])
+    assert_close(results[2], [reconstruction, decoded2, decoded1, mixed])
     assert [len(images.unique(dim=0)) for images in generated[2]] == [8, 8]
 
 
@@ -184,7 +184,7 @@ def test_flags_reach_data_loss_and_training(monkeypatch):
     monkeypatch.setattr(mixvae, "train_model", spy := Mock(return_value=([1], [1])))
     main([*FLAGS, "--lr=0.5", "--noise=0.2", "--supervised", "--out=spied"])
     _, train_data, criterion, adam, epochs, val_data, device = spy.call_args.args
-    assert [call.args[2] for call in data.mock_calls] == [0.2, 0.2, 0.2]
+    assert [call.args[2:] for call in data.mock_calls] == 3 * [(0.2, "cpu")]
     assert (criterion.noise, criterion.supervised) == (0.2, True)
     assert (epochs, device, adam.param_groups[0]["lr"]) == (3, "cpu", 0.5)
     assert (len(train_data), len(val_data[0][0])) == (40, 5000)
@@ -192,13 +192,13 @@ def test_flags_reach_data_loss_and_training(monkeypatch):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_seed_decides_on_all_figures(seed, run, capsys):
+def test_seed_decides_on_all_printed_numbers(seed, run, capsys):
     main([*FLAGS, f"--seed={seed}"])
     assert (capsys.readouterr().out == run.stdout) == (seed == 0)
 
 
 @pytest.mark.parametrize("flag", ["epochs=0", "noise=nan", "batch-size=1", "lr=0"])
-def test_wrong_flag(flag, capsys):
+def test_wrong_flag_is_named_in_the_message(flag, capsys):
     with pytest.raises(SystemExit, match="2"):
         main([*FLAGS, f"--{flag}"])
     assert flag.split("=")[0] in capsys.readouterr().err.splitlines()[-1]
@@ -213,7 +213,7 @@ def test_fault_of_a_folder_has_a_message(monkeypatch):
             main([*FLAGS, f"--data={folder}"])
     Path("file").touch()
     run = subprocess.run([*COMMAND, "--out=file"], capture_output=True, text=True)
-    assert (run.returncode, run.stderr.count("\n")) == (1, 1)
+    assert (run.returncode, run.stderr.splitlines()[-1][:7]) == (1, "mixvae:")
 
 
 def test_failed_run_keeps_the_old_model(monkeypatch):
@@ -227,13 +227,13 @@ def test_failed_run_keeps_the_old_model(monkeypatch):
     assert Path("kept/mixvae.pt").read_text() == "old model"
 
 
-def test_accelerator():
-    device = torch.accelerator.current_accelerator() or torch.device("meta")
+def test_run_completes_on_an_accelerator():
+    device = str(torch.accelerator.current_accelerator())  # or "None"
     try:
-        torch.ones(1, device=device).item()
+        torch.ones(1, device=device)
     except RuntimeError:
-        pytest.skip("no accelerator that holds a tensor")
-    main([*FLAGS, f"--device={device.type}", "--out=accelerator"])
+        pytest.skip(f"no tensor on {device}")
+    main([*FLAGS, f"--device={device}", "--out=accelerator"])
 
 
 if __name__ == "__main__":
