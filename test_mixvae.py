@@ -75,7 +75,7 @@ def test_noise_is_in_the_mixture_alone_and_drawn_anew():
     assert_close(pairs[[4, 5]][1:], pairs[4:6][1:])  # two pairs
 
 
-def test_model_decodes_means_or_samples():
+def test_model_decodes_means_in_evaluation_and_samples_in_training():
     model, mixed = VAE().eval(), torch.rand(9, 784)
     reconstruction, decoded1, decoded2, mean1, _, mean2, logvar2 = model(mixed)
     assert mean1.shape == logvar2.shape == (9, 32)
@@ -110,22 +110,22 @@ def test_train_model_moves_all_to_the_device():
     model, data = torch.nn.Linear(1, 1), [torch.ones(3, 5, 1)]
     sgd = torch.optim.SGD(model.parameters())
     criterion = Mock(return_value=3 * [torch.tensor(1.0, requires_grad=True)])
-    train_model(model, data, criterion, sgd, 1, data, "meta")
+    train_model(model, data, criterion, sgd, 1, data, "meta")  # shapes, no values
     assert all(tensor.is_meta for call in criterion.mock_calls for tensor in call.args)
 
 
 def test_train_model_cycles_the_rate_and_keeps_the_best_epoch():
     def criterion(weight, *_):
         assert weight.requires_grad == model.training
-        return 3 * [-weight.sum() if model.training else (weight - 9).abs().sum()]
+        return 3 * [-weight.sum() if model.training else (weight - 5).abs().sum()]
 
     model = torch.nn.Linear(1, 1, bias=False)
     sgd = torch.optim.SGD(model.parameters(), lr=1.0)  # adds the rate to the weight
-    data = [torch.ones(3, 1, 1)]
-    losses, val_losses = train_model(model, data, criterion, sgd, 20, 3 * data, "cpu")
-    rates = -torch.tensor(losses).diff()  # the peak is the 15th of 20: 75 %
+    data, val_data = 2 * [torch.ones(3, 1, 1)], 3 * [torch.ones(3, 1, 1)]
+    losses, val_losses = train_model(model, data, criterion, sgd, 20, val_data, "cpu")
+    rates = -torch.tensor(losses).diff() / 2  # two steps an epoch; peak after 75 %
     assert rates[[0, 14, 18]].tolist() == pytest.approx([0.04, 1, 0.1], abs=0.01)
-    assert abs(9 - model.weight.item()) == pytest.approx(min(val_losses))
+    assert abs(5 - model.weight.item()) == pytest.approx(min(val_losses))
 
 
 def test_share_residual_by_variance_within_0_and_1():
@@ -135,7 +135,7 @@ def test_share_residual_by_variance_within_0_and_1():
     assert_close(digit, torch.tensor([0.8, 1.0, 0.8, 0.0]))  # 0.4 is shared 3 : 1
     assert_close(digit + garment, 2 * mixed)
     digit, garment = mixvae.share_residual(mixed, decoded1, decoded2, 0.1**0.5 / 2)
-    assert (digit[0], garment[0]) == pytest.approx((0.65, 0.55))  # half is noise
+    assert (digit[0], garment[0]) == pytest.approx((0.65, 0.55))  # 3 : 1 : 4 (noise)
 
 
 def test_refine_fits_each_image_and_obeys_the_prior():
@@ -157,12 +157,12 @@ def test_separate_improves_and_leaves_weights_alone(noise):
     with torch.no_grad():
         separated = separate(model, mixed, noise)
     for image, better_image, source in zip(model(mixed)[1:3], separated, sources):
-        assert psnr(better_image, source) > psnr(image, source) + 0.5
+        assert psnr(better_image, source) > psnr(image, source)
     assert_close(model.state_dict(), weights)
     assert {parameter.grad for parameter in model.parameters()} == {None}
 
 
-def test_figures_show_the_named_columns(monkeypatch):
+def test_samples_and_results_show_the_right_columns(monkeypatch):
     monkeypatch.setattr(torch, "randperm", lambda n: torch.arange(n - 8, n))
     monkeypatch.setattr(mixvae, "draw_grid", spy := Mock())
     model, pairs = VAE(), MixMNIST("stand-in", "test")
@@ -173,9 +173,9 @@ def test_figures_show_the_named_columns(monkeypatch):
     mixed, digit, garment = pairs[-8:]
     assert_close(samples[2], [digit, garment, mixed])
     assert samples[3] == 8 * ["3, Bag"]
-    reconstruction, decoded1, decoded2, *_ = model(mixed := pairs[:8][0])
+    reconstruction, decoded1, decoded2, *_ = model(pairs[:8][0])
     assert results[1][1:] == ["Fashion\nimage", "Number\nimage", "Main\nimage"]
-    assert_close(results[2], [reconstruction, decoded2, decoded1, mixed])
+    assert_close(results[2], [reconstruction, decoded2, decoded1, pairs[:8][0]])
     assert [len(images.unique(dim=0)) for images in generated[2]] == [8, 8]
 
 
@@ -192,7 +192,7 @@ def test_flags_reach_data_loss_and_training(monkeypatch):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_seed_decides_on_all_printed_numbers(seed, run, capsys):
+def test_seed_decides_on_the_output(seed, run, capsys):
     main([*FLAGS, f"--seed={seed}"])
     assert (capsys.readouterr().out == run.stdout) == (seed == 0)
 
@@ -204,7 +204,7 @@ def test_wrong_flag_is_named_in_the_message(flag, capsys):
     assert flag.split("=")[0] in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_fault_of_a_folder_has_a_message(monkeypatch):
+def test_bad_folder_ends_with_a_message(monkeypatch):
     monkeypatch.setattr(mixvae.MNIST, "mirrors", [])  # no network
     write_stand_in(Path("damaged"), 9, 9)
     Path("damaged/MNIST/raw/train-images-idx3-ubyte").write_text("no images")
