@@ -179,15 +179,15 @@ def test_samples_and_results_show_the_right_columns(monkeypatch):
     assert [len(images.unique(dim=0)) for images in generated[2]] == [8, 8]
 
 
-def test_flags_reach_data_loss_and_training(monkeypatch):
+def test_flags_reach_data_loss_training_and_separation(monkeypatch):
     monkeypatch.setattr(mixvae, "MixMNIST", data := Mock(wraps=MixMNIST))
+    monkeypatch.setattr(mixvae, "separate", separation := Mock(wraps=separate))
     monkeypatch.setattr(mixvae, "train_model", spy := Mock(return_value=([1], [1])))
     main([*FLAGS, "--lr=0.5", "--noise=0.2", "--supervised", "--out=spied"])
-    _, train_data, criterion, adam, epochs, val_data, device = spy.call_args.args
-    assert [call.args[2:] for call in data.mock_calls] == 3 * [(0.2, "cpu")]
-    assert (criterion.noise, criterion.supervised) == (0.2, True)
-    assert (epochs, device, adam.param_groups[0]["lr"]) == (3, "cpu", 0.5)
-    assert (len(train_data), len(val_data[0][0])) == (40, 5000)
+    assert {call.args[2] for call in data.mock_calls + separation.mock_calls} == {0.2}
+    _, batches, loss, adam, epochs, val_data, device = spy.call_args.args
+    assert (loss.noise, loss.supervised, adam.defaults["lr"]) == (0.2, True, 0.5)
+    assert (epochs, device, len(batches), len(val_data[0][0])) == (3, "cpu", 40, 5000)
     assert mixvae.parse_arguments([]).noise == 0
 
 
