@@ -98,8 +98,8 @@ def test_loss_is_reconstruction_plus_kl():
     posterior = Normal(latents[[0, 2]], (latents[[1, 3]] / 2).exp())
     kl = kl_divergence(posterior, Normal(0, 1)).sum().item() / 9
     black = torch.zeros(9, 784)
-    outputs = black, black + 0.2, black + 0.5, *latents
-    mixed, digit, garment = black + 0.1, black + 0.4, black + 0.8
+    outputs = black, black, black + 1, *latents
+    mixed, digit, garment = black + 0.1, black + 0.2, black + 0.7
     losses = VAELoss()(outputs, mixed, None, None)  # blind: no sources
     assert losses == pytest.approx((392 + kl, 392, kl))  # 784 · 0.1² / (2 · 0.1²)
     losses = VAELoss(noise=0.1, supervised=True)(outputs, mixed, digit, garment)
@@ -123,8 +123,8 @@ def test_train_model_cycles_the_rate_and_keeps_the_best_epoch():
     sgd = torch.optim.SGD(model.parameters(), lr=1.0)  # adds the rate to the weight
     data, val_data = 2 * [torch.ones(3, 1, 1)], 3 * [torch.ones(3, 1, 1)]
     losses, val_losses = train_model(model, data, criterion, sgd, 20, val_data, "cpu")
-    rates = -torch.tensor(losses).diff() / 2  # two steps an epoch; peak after 75 %
-    assert rates[[0, 14, 18]].tolist() == pytest.approx([0.04, 1, 0.1], abs=0.01)
+    rates = -torch.tensor(losses).diff() / 2  # two steps an epoch; 15 of 20 are 75 %
+    assert rates[0] < rates[18] < 0.12 < 0.98 < rates[14]
     assert abs(5 - model.weight.item()) == pytest.approx(min(val_losses))
 
 
@@ -132,7 +132,7 @@ def test_share_residual_by_variance_within_0_and_1():
     mixed = torch.tensor([0.7, 0.9, 0.9, 0.0])
     decoded1, decoded2 = torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.5, 0.5, 0.5, 0.0]])
     digit, garment = mixvae.share_residual(mixed, decoded1, decoded2, noise=0)
-    assert_close(digit, torch.tensor([0.8, 1.0, 0.8, 0.0]))  # 0.4 is shared 3 : 1
+    assert_close(digit, torch.tensor([0.8, 1.0, 0.8, 0.0]))  # 3:1, clamp, clamp, 0/0
     assert_close(digit + garment, 2 * mixed)
     digit, garment = mixvae.share_residual(mixed, decoded1, decoded2, 0.1**0.5 / 2)
     assert (digit[0], garment[0]) == pytest.approx((0.65, 0.55))  # 3 : 1 : 4 (noise)
@@ -144,7 +144,7 @@ def test_refine_fits_each_image_and_obeys_the_prior():
     z1, z2 = mixvae.refine(model, mixed, noise=0)
     refined = (model.decoder1(z1) + model.decoder2(z2)) / 2
     assert ((refined - mixed).norm(dim=1) < (reconstruction - mixed).norm(dim=1)).all()
-    assert_close(mixvae.refine(model, mixed[8:], 0)[0], z1[8:], atol=0.01, rtol=0)
+    assert_close(mixvae.refine(model, mixed[:1], 0)[0], z1[:1], atol=0.01, rtol=0)
     for z, mean in zip(mixvae.refine(model, mixed, noise=1e6), (mean1, mean2)):
         assert (z.norm(dim=1) < 0.8 * mean.norm(dim=1)).all()  # only the prior is left
 
@@ -165,7 +165,7 @@ def test_separate_improves_and_leaves_weights_alone(noise):
 def test_samples_and_results_show_the_right_columns(monkeypatch):
     monkeypatch.setattr(torch, "randperm", lambda n: torch.arange(n - 8, n))
     monkeypatch.setattr(mixvae, "draw_grid", spy := Mock())
-    model, pairs = VAE(), MixMNIST("stand-in", "test")
+    model, pairs = VAE().eval(), MixMNIST("stand-in", "test")
     pairs.labels[-8:] = torch.tensor([3, 8])
     mixvae.draw_samples("samples.png", pairs)
     mixvae.draw_results(Path(), model, pairs)
@@ -185,14 +185,14 @@ def test_flags_reach_data_loss_training_and_separation(monkeypatch):
     monkeypatch.setattr(mixvae, "train_model", spy := Mock(return_value=([1], [1])))
     main([*FLAGS, "--lr=0.5", "--noise=0.2", "--supervised", "--out=spied"])
     assert {call.args[2] for call in data.mock_calls + separation.mock_calls} == {0.2}
-    _, batches, loss, adam, epochs, val_data, device = spy.call_args.args
+    _, batches, loss, adam, epochs, val, device = spy.call_args.args
     assert (loss.noise, loss.supervised, adam.defaults["lr"]) == (0.2, True, 0.5)
-    assert (epochs, device, len(batches), len(val_data[0][0])) == (3, "cpu", 40, 5000)
+    assert (epochs, device, len(batches), len(val[0][0])) == (3, "cpu", 2000 / 50, 5000)
     assert mixvae.parse_arguments([]).noise == 0
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_seed_decides_on_the_output(seed, run, capsys):
+def test_seed_decides_the_output(seed, run, capsys):
     main([*FLAGS, f"--seed={seed}"])
     assert (capsys.readouterr().out == run.stdout) == (seed == 0)
 
