@@ -114,7 +114,7 @@ def test_train_model_cycles_the_rate_on_the_device_and_returns_means():
     sgd = torch.optim.SGD(model.parameters(), lr=1.0)
     losses = train_model(model, 16 * one_batch, criterion, sgd, 1, one_batch, "meta")
     assert losses == ([1], [1])
-    assert (rates[11], rates[15]) == pytest.approx((1, 0), abs=0.001)  # 12 of 16: 75 %
+    assert (rates[11], rates[15]) == pytest.approx((1, 0), abs=0.001)  # 12 / 16: 75 %
 
 
 def test_train_model_keeps_the_best_epoch():
@@ -123,7 +123,7 @@ def test_train_model_keeps_the_best_epoch():
         return 3 * [-weight.sum() if model.training else (weight - 5).abs().sum()]
 
     model, data = torch.nn.Linear(1, 1, bias=False), [torch.ones(3, 1, 1)]
-    sgd = torch.optim.SGD(model.parameters(), lr=1.0)  # the weight rises to about 10
+    sgd = torch.optim.SGD(model.parameters(), lr=1.0)  # adds the rate: in all about 10
     _, val_losses = train_model(model, data, criterion, sgd, 20, 4 * data, "cpu")
     assert abs(5 - model.weight.item()) == pytest.approx(min(val_losses))
 
@@ -131,7 +131,7 @@ def test_train_model_keeps_the_best_epoch():
 def test_share_residual_by_variance_within_0_and_1():
     mixed = torch.tensor([0.7, 0.9, 0.7, 0.0])
     decoded1 = torch.tensor([0.5, 0.5, 0.0, 0.0])
-    decoded2 = torch.tensor([0.5, 0.5, 0.5, 0.0])
+    decoded2 = torch.tensor([0.5, 0.5, 0.5, 0.0])  # variances 3:1, 3:1, 0:1, 0:0
     digit, garment = mixvae.share_residual(mixed, decoded1, decoded2, noise=0)
     assert_close(digit, torch.tensor([0.8, 1.0, 0.4, 0.0]))  # 0.8, 1.1, 1.4 - 1, 0/0
     assert_close(digit + garment, 2 * mixed)
@@ -181,10 +181,10 @@ def test_samples_and_results_show_the_right_columns(monkeypatch):
 
 def test_flags_reach_data_loss_training_and_separation(monkeypatch):
     monkeypatch.setattr(mixvae, "MixMNIST", data := Mock(wraps=MixMNIST))
-    monkeypatch.setattr(mixvae, "separate", separation := Mock(wraps=separate))
+    monkeypatch.setattr(mixvae, "separate", sep := Mock(wraps=separate))
     monkeypatch.setattr(mixvae, "train_model", spy := Mock(return_value=([1], [1])))
     main([*FLAGS, "--lr=0.5", "--noise=0.2", "--supervised", "--out=spied"])
-    assert {call.args[2] for call in data.mock_calls + separation.mock_calls} == {0.2}
+    assert {call.args[2] for call in data.mock_calls + sep.mock_calls} == {0.2}  # noise
     _, batches, loss, adam, epochs, val, device = spy.call_args.args
     assert (loss.noise, loss.supervised, adam.defaults["lr"]) == (0.2, True, 0.5)
     assert (epochs, device, len(batches), len(val[0][0])) == (3, "cpu", 2000 / 50, 5000)
