@@ -18,7 +18,7 @@ from torchvision.datasets import MNIST, FashionMNIST
 from torchvision.utils import make_grid
 
 LATENT = 32
-SIGMA = 0.1  # standard deviation of a mixture's (if supervised, a source's) pixel
+SIGMA = 0.1  # standard deviation of a mixture's (if supervised, also a source's) pixel
 
 
 # ---- data ----------------------------------------------------------------------------
@@ -124,8 +124,8 @@ class VAE(nn.Module):
 def reconstruction_loss(image, target, noise=0.0):
     """Squared error over twice the variance, (B, 784) to (B,), in nats.
 
-    It is -log N(target; image, variance I) without its constant. `noise`, the standard
-    deviation of the noise in `target`, changes that constant.
+    It is -log N(target; image, variance I) without its constant, which depends on the
+    variance. `noise`: the standard deviation of the noise in `target`.
     """
     variance = SIGMA**2 + noise**2
     squared_error = nn.functional.mse_loss(image, target, reduction="none").sum(dim=1)
@@ -242,12 +242,12 @@ def share_residual(mixed, decoded1, decoded2, noise):
     variance2 = 0.1 * decoded2 * (1 - decoded2)
     total = variance1 + variance2 + (2 * noise) ** 2 + 1e-9  # 1e-9 avoids 0 / 0
     separated1 = (decoded1 + residual * variance1 / total).clamp(0, 1)
-    separated2 = (decoded2 + residual * variance2 / total).clamp(0, 1)
     if noise > 0:
+        separated2 = (decoded2 + residual * variance2 / total).clamp(0, 1)
         return separated1, separated2
     # Restore source1 + source2 = 2 mixed after clamping; both stay in [0, 1].
-    rest = (2 * mixed - separated1).clamp(0, 1)
-    return 2 * mixed - rest, rest
+    separated2 = (2 * mixed - separated1).clamp(0, 1)
+    return 2 * mixed - separated2, separated2
 
 
 @torch.no_grad()
@@ -268,12 +268,12 @@ def print_psnr(model, test_set):
     model.eval()
     mixed, digit, garment = test_set[:]
     _, decoded1, decoded2, *_ = model(mixed)
-    digits, garments = [], []
-    for batch in mixed.split(500):  # 500 at a time, to save memory
+    estimates1, estimates2 = [], []
+    for batch in mixed.split(500):  # 500 at a time, to save memory: gradients need it
         separated1, separated2 = separate(model, batch, test_set.noise)
-        digits.append(separated1)
-        garments.append(separated2)
-    separated1, separated2 = torch.cat(digits), torch.cat(garments)
+        estimates1.append(separated1)
+        estimates2.append(separated2)
+    separated1, separated2 = torch.cat(estimates1), torch.cat(estimates2)
     print(f"\nPSNR in dB, {len(test_set):,} test pairs: digit, garment")
     print(f"mixture   {psnr(mixed, digit):8.2f} {psnr(mixed, garment):8.2f}")
     print(f"decoded   {psnr(decoded1, digit):8.2f} {psnr(decoded2, garment):8.2f}")
