@@ -19,7 +19,7 @@ SCRIPT = [sys.executable, mixvae.__file__, *FLAGS]
 torch.manual_seed(0)
 
 
-def write_images(folder, part, n, height, width, grey):  # IDX files of rectangles
+def write_images(folder, part, n, height, width, grey):  # in MNIST's file format
     folder.mkdir(parents=True, exist_ok=True)
     images = torch.zeros(n, 28, 28, dtype=torch.uint8)
     for image, (top, left) in zip(images, torch.randint(10, (n, 2))):
@@ -36,7 +36,7 @@ def write_stand_in(root, n_train, n_test):  # thin white digits, large grey garm
         write_images(root / "FashionMNIST/raw", part, n, height=18, width=14, grey=150)
 
 
-@pytest.fixture(scope="session", autouse=True)  # one folder, one run for all tests
+@pytest.fixture(scope="session", autouse=True)  # one folder, one run, shared
 def run(tmp_path_factory):
     pytest.MonkeyPatch().chdir(tmp_path_factory.mktemp("run"))  # never undone
     write_stand_in(Path("stand-in"), 7000, 600)  # 7000: 2000 train, 5000 val
@@ -48,7 +48,7 @@ def test_command_line_separates(run, capsys):  # and writes five figures and the
     main([*FLAGS, "--noise=0.1", "--out=noisy"])
     for output in (run.stdout, capsys.readouterr().out):  # without and with noise
         rows = {row.split()[0]: row.split()[1:] for row in output.split("\n") if row}
-        assert list(rows)[:4] == ["epoch", "1", "2", "PSNR"]  # by first words
+        assert list(rows)[:4] == ["epoch", "1", "2", "PSNR"]  # keys: first words
         for low, mid, high in zip(rows["mixture"], rows["decoded"], rows["separated"]):
             assert float(low) < float(mid) < float(high)  # dB; digit, then garment
 
@@ -85,7 +85,7 @@ def test_model_decodes_means_in_evaluation_and_samples_in_training():
 
 def test_reparameterize_samples_and_passes_gradients():
     latents = torch.tensor([[3.0], [2.0]], requires_grad=True)  # mean, logvar
-    sample = mixvae.reparameterize(*latents.expand(2, 100_000))  # 100,000 of each
+    sample = mixvae.reparameterize(*latents.expand(2, 100_000))  # two long rows
     assert torch.var_mean(sample.detach()) == pytest.approx((7.39, 3), abs=0.2)  # e², 3
     assert torch.autograd.grad(sample.sum(), latents)[0].all()  # both nonzero
 
@@ -93,17 +93,17 @@ def test_reparameterize_samples_and_passes_gradients():
 def test_loss_is_reconstruction_plus_kl():
     mean, logvar = torch.randn(2, 2, 9, 32)  # each (2 latents, 9 images, 32)
     kl = kl_divergence(Normal(mean, (logvar / 2).exp()), Normal(0, 1)).sum().item() / 9
-    zero = torch.zeros(9, 2)  # two pixels off by x: 2 x² / (2 SIGMA²) = (x / 0.1)² nats
-    outputs = zero + 0.1, zero + 0.2, zero + 0.7, mean[0], logvar[0], mean[1], logvar[1]
+    zero, one = torch.zeros(9, 2), torch.ones(9, 2)  # two pixels off by x: (x / 0.1)²
+    outputs = zero + 0.1, zero + 0.2, one + 0.3, mean[0], logvar[0], mean[1], logvar[1]
     assert VAELoss()(outputs, zero, None, None) == pytest.approx((1 + kl, 1, kl))
-    losses = VAELoss(mixvae.SIGMA, supervised=True)(outputs, zero, zero, zero + 1)
-    assert losses == pytest.approx((13.5 + kl, 13.5, kl))  # 1² / 2 (noise) + 2² + 3²
+    losses = VAELoss(noise=0.1, supervised=True)(outputs, zero, zero, one)
+    assert losses == pytest.approx((13.5 + kl, 13.5, kl))  # 1² halved by noise, 2², 3²
 
 
 def test_train_model_cycles_the_rate_and_uses_the_device():
     def criterion(*tensors):  # output, mixed, digit, garment
-        assert all(tensor.is_meta for tensor in tensors)  # "meta": shapes, no values
-        rates.append(sgd.param_groups[0]["lr"])
+        assert all(tensor.is_meta for tensor in tensors)  # moved to "meta": no values
+        rates.append(sgd.param_groups[0]["lr"])  # four in training, two in validation
         return 3 * [torch.tensor(1.0, requires_grad=True)]  # total, reconstruction, KL
 
     rates, model, batch = [], torch.nn.Linear(1, 1), 3 * [torch.ones(1, 1)]
@@ -119,13 +119,13 @@ def test_train_model_keeps_the_best_epoch():
         return 3 * [-weight.sum() if model.training else (weight - 5).abs().sum()]
 
     model, batch = torch.nn.Linear(1, 1, bias=False), 3 * [torch.ones(1, 1)]
-    sgd = torch.optim.SGD(model.parameters(), lr=1.0)  # weight: from ±1 up to ~10
+    sgd = torch.optim.SGD(model.parameters(), lr=1.0)  # weight += lr: from 0 ± 1 to ~10
     _, val_losses = train_model(model, [batch], criterion, sgd, 20, [batch], "cpu")
     assert abs(model.weight.item() - 5) == pytest.approx(min(val_losses))
 
 
 def test_share_residual_in_proportion_to_variances():
-    mixed, decoded = torch.tensor(0.7), torch.tensor(0.5)  # variances 0.075, 0.025
+    mixed, decoded = torch.tensor(0.7), torch.tensor(0.5)  # variances 0.3 / 4, 0.1 / 4
     separated = mixvae.share_residual(mixed, decoded, decoded, noise=0)
     assert separated == pytest.approx((0.8, 0.6))  # residual 0.4 = 0.3 + 0.1
     separated = mixvae.share_residual(mixed, decoded, decoded, noise=0.1**0.5 / 2)
@@ -145,9 +145,9 @@ def test_refine_fits_each_image_and_obeys_the_prior():
     z1, z2 = refine(model, mixed, noise=0)
     refined = (model.decoder1(z1) + model.decoder2(z2)) / 2
     assert ((refined - mixed).norm(dim=1) < (reconstruction - mixed).norm(dim=1)).all()
-    assert (refine(model, mixed[:1], 0)[0] - z1[0]).abs().max() < 0.01  # same if alone
+    assert (refine(model, mixed[:1], 0)[0] - z1[:1]).abs().max() < 0.01  # same alone
     z1, z2 = refine(model, mixed, noise=1e6)  # all noise: the prior alone, shrinking z
-    assert max(z1.norm() / mean1.norm(), z2.norm() / mean2.norm()) < 0.8  # else 1
+    assert max(z1.norm() / mean1.norm(), z2.norm() / mean2.norm()) < 0.8  # no prior: 1
 
 
 def test_separate_hands_on_the_noise_and_leaves_weights_alone():
@@ -174,7 +174,7 @@ def test_figures_show_results_separation_and_generated_images(monkeypatch):
     monkeypatch.setattr(mixvae, "draw_grid", spy := Mock())
     model, pairs = VAE(), MixMNIST("stand-in", "test", noise=0.2)
     mixvae.draw_results(Path(), model, pairs)  # three grids; sets evaluation mode
-    _, titles, columns = zip(*[call.args for call in spy.mock_calls])  # three of each
+    _, titles, columns = zip(*[call.args for call in spy.mock_calls])  # one per grid
     (reconstruction, decoded2, decoded1, mixed), separation, generated = columns
     assert titles[0][1:] == ["Fashion\nimage", "Number\nimage", "Main\nimage"]
     assert_close((reconstruction, decoded1, decoded2), model(mixed)[:3])
@@ -206,7 +206,7 @@ def test_wrong_flag_is_named_in_the_message(flag, capsys):
     assert flag.split("=")[0] in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_bad_folder_ends_with_a_message(monkeypatch):  # bad --data; --out is a file
+def test_bad_folder_ends_with_a_message(monkeypatch):  # --data (two ways), then --out
     monkeypatch.setattr(mixvae.MNIST, "mirrors", [])  # nowhere to download from
     write_stand_in(Path("damaged"), 9, 9)
     Path("damaged/MNIST/raw/train-images-idx3-ubyte").write_text("not IDX")
