@@ -24,7 +24,7 @@ def write_images(folder, part, n, height, width, grey):  # in MNIST's file forma
     images = torch.zeros(n, 28, 28, dtype=torch.uint8)
     for image, (top, left) in zip(images, torch.randint(10, (n, 2))):
         image[top : top + height, left : left + width] = grey
-    data = struct.pack(">4I", 2051, n, 28, 28) + bytes(images.numpy())  # magic number
+    data = struct.pack(">4I", 2051, n, 28, 28) + bytes(images.numpy())  # kind, sizes
     (folder / f"{part}-images-idx3-ubyte").write_bytes(data)
     data = struct.pack(">2I", 2049, n) + bytes(torch.randint(10, (n,)).tolist())
     (folder / f"{part}-labels-idx1-ubyte").write_bytes(data)
@@ -93,16 +93,16 @@ def test_reparameterize_samples_and_passes_gradients():
 def test_loss_is_reconstruction_plus_kl():
     mean, logvar = torch.randn(2, 2, 9, 32)  # each (2 latents, 9 images, 32)
     kl = kl_divergence(Normal(mean, (logvar / 2).exp()), Normal(0, 1)).sum().item() / 9
-    zero, one = torch.zeros(9, 2), torch.ones(9, 2)  # two pixels off by x: (x / 0.1)²
-    outputs = zero + 0.1, zero + 0.2, one + 0.3, mean[0], logvar[0], mean[1], logvar[1]
-    assert VAELoss()(outputs, zero, None, None) == pytest.approx((1 + kl, 1, kl))
+    zero, one = torch.zeros(9, 2), torch.ones(9, 2)  # 2 pixels off by x: (x / SIGMA)²
+    outputs = zero + 0.4, zero + 0.2, one + 0.3, mean[0], logvar[0], mean[1], logvar[1]
+    assert VAELoss()(outputs, zero, None, None) == pytest.approx((16 + kl, 16, kl))
     losses = VAELoss(noise=0.1, supervised=True)(outputs, zero, zero, one)
-    assert losses == pytest.approx((13.5 + kl, 13.5, kl))  # 1² halved by noise, 2², 3²
+    assert losses == pytest.approx((21 + kl, 21, kl))  # noise = SIGMA halves 4²; 2², 3²
 
 
 def test_train_model_cycles_the_rate_and_uses_the_device():
     def criterion(*tensors):  # output, mixed, digit, garment
-        assert all(tensor.is_meta for tensor in tensors)  # moved to "meta": no values
+        assert all(tensor.is_meta for tensor in tensors)  # "meta": every machine has it
         rates.append(sgd.param_groups[0]["lr"])  # four in training, two in validation
         return 3 * [torch.tensor(1.0, requires_grad=True)]  # total, reconstruction, KL
 
@@ -110,7 +110,7 @@ def test_train_model_cycles_the_rate_and_uses_the_device():
     sgd = torch.optim.SGD(model.parameters(), lr=1.0)
     losses = train_model(model, 4 * [batch], criterion, sgd, 1, 2 * [batch], "meta")
     assert losses == ([1], [1])  # means, not sums
-    assert rates[2:4] == pytest.approx([1, 0], abs=0.001)  # step 3 of 4 (75 %) peaks
+    assert rates[2:4] == pytest.approx([1, 0], abs=0.001)  # step 3 (75 %): peak, 4: 0
 
 
 def test_train_model_keeps_the_best_epoch():
@@ -119,7 +119,7 @@ def test_train_model_keeps_the_best_epoch():
         return 3 * [-weight.sum() if model.training else (weight - 5).abs().sum()]
 
     model, batch = torch.nn.Linear(1, 1, bias=False), 3 * [torch.ones(1, 1)]
-    sgd = torch.optim.SGD(model.parameters(), lr=1.0)  # weight += lr: from 0 ± 1 to ~10
+    sgd = torch.optim.SGD(model.parameters(), lr=1.0)  # += rate: from ~0 past 5 to ~10
     _, val_losses = train_model(model, [batch], criterion, sgd, 20, [batch], "cpu")
     assert abs(model.weight.item() - 5) == pytest.approx(min(val_losses))
 
@@ -132,7 +132,7 @@ def test_share_residual_in_proportion_to_variances():
     assert separated == pytest.approx((0.65, 0.55))  # (2 · noise)² = 0.1 takes half
 
 
-def test_share_residual_keeps_the_sum_and_the_range():
+def test_share_residual_keeps_the_sum_and_the_range():  # without noise
     mixed, decoded1, decoded2 = torch.randint(11, (3, 9, 784)) / 10  # 0, 0.1, ..., 1
     digit, garment = mixvae.share_residual(mixed, decoded1, decoded2, noise=0)
     assert_close(digit + garment, 2 * mixed)
@@ -146,7 +146,7 @@ def test_refine_fits_each_image_and_obeys_the_prior():
     refined = (model.decoder1(z1) + model.decoder2(z2)) / 2
     assert ((refined - mixed).norm(dim=1) < (reconstruction - mixed).norm(dim=1)).all()
     assert (refine(model, mixed[:1], 0)[0] - z1[:1]).abs().max() < 0.01  # same alone
-    z1, z2 = refine(model, mixed, noise=1e6)  # all noise: the prior alone, shrinking z
+    z1, z2 = refine(model, mixed, noise=1e6)  # all noise: the prior alone shrinks z
     assert max(z1.norm() / mean1.norm(), z2.norm() / mean2.norm()) < 0.8  # no prior: 1
 
 
@@ -174,7 +174,7 @@ def test_figures_show_results_separation_and_generated_images(monkeypatch):
     monkeypatch.setattr(mixvae, "draw_grid", spy := Mock())
     model, pairs = VAE(), MixMNIST("stand-in", "test", noise=0.2)
     mixvae.draw_results(Path(), model, pairs)  # three grids; sets evaluation mode
-    _, titles, columns = zip(*[call.args for call in spy.mock_calls])  # one per grid
+    _, titles, columns = zip(*[call.args for call in spy.mock_calls])  # 3 of each
     (reconstruction, decoded2, decoded1, mixed), separation, generated = columns
     assert titles[0][1:] == ["Fashion\nimage", "Number\nimage", "Main\nimage"]
     assert_close((reconstruction, decoded1, decoded2), model(mixed)[:3])
@@ -190,13 +190,13 @@ def test_flags_reach_data_loss_optimizer_and_training(monkeypatch):
     _, batches, loss, adam, epochs, val, device = spy.call_args.args  # of train_model
     assert (loss.noise, loss.supervised, adam.defaults["lr"]) == (0.2, True, 0.5)
     assert (epochs, device, len(batches), len(val[0][0])) == (2, "cpu", 2000 / 50, 5000)
-    assert mixvae.parse_arguments([]).noise == 0  # the default
+    assert mixvae.parse_arguments([]).noise == 0  # no noise by default
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_seed_decides_the_output(seed, run, capsys):
     main([*FLAGS, f"--seed={seed}"])
-    assert (capsys.readouterr().out == run.stdout) == (seed == 0)  # same only if 0
+    assert (capsys.readouterr().out == run.stdout) == (seed == 0)  # the run's is 0
 
 
 @pytest.mark.parametrize("flag", ["epochs=0", "noise=nan", "batch-size=1", "lr=0"])
