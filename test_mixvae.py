@@ -151,7 +151,7 @@ def test_refine_fits_each_image_and_obeys_the_prior():
 
 
 def test_separate_hands_on_the_noise_and_leaves_weights_alone():
-    model, mixed = VAE(), torch.rand(9, 784)  # training mode: batch norm moves
+    model, mixed = VAE(), torch.rand(9, 784)  # training mode: batch norm would move
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
     digit, _ = separate(model, mixed, noise=1e6)  # all noise: prior alone, no residual
     assert_close(digit, model.decoder1(refine(model, mixed, noise=1e6)[0]))
