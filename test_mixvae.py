@@ -114,9 +114,9 @@ def test_train_model_cycles_the_rate_and_uses_the_device():
 
 
 def test_train_model_keeps_the_best_epoch():
-    def criterion(weight, *_):  # the model's output for an input of 1
-        assert model.training or not weight.requires_grad  # no gradients in validation
-        return 3 * [-weight.sum() if model.training else (weight - 5).abs().sum()]
+    def criterion(output, *_):  # the weight, as the input is 1
+        assert model.training or not output.requires_grad  # no gradients in validation
+        return 3 * [-output.sum() if model.training else (output - 5).abs().sum()]
 
     model, batch = torch.nn.Linear(1, 1, bias=False), 3 * [torch.ones(1, 1)]
     sgd = torch.optim.SGD(model.parameters(), lr=1.0)  # += rate: from ~0 past 5 to ~10
@@ -147,7 +147,7 @@ def test_refine_fits_each_image_and_obeys_the_prior():
     assert ((refined - mixed).norm(dim=1) < (reconstruction - mixed).norm(dim=1)).all()
     assert (refine(model, mixed[:1], 0)[0] - z1[:1]).abs().max() < 0.01  # same alone
     z1, z2 = refine(model, mixed, noise=1e6)  # all noise: the prior alone shrinks z
-    assert max(z1.norm() / mean1.norm(), z2.norm() / mean2.norm()) < 0.8  # no prior: 1
+    assert max(z1.norm() / mean1.norm(), z2.norm() / mean2.norm()) < 0.8  # 1 without it
 
 
 def test_separate_hands_on_the_noise_and_leaves_weights_alone():
